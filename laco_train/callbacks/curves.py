@@ -1,0 +1,121 @@
+"""What a reader of TensorBoard sees beside Lightning's own: the start of the curve, tokens as an axis, speed."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from laco_train.callbacks.interval import logs_after
+from laco_train.callbacks.layer_collapse import LayerCollapse
+from laco_train.training.loss import Batch, mean_loss
+
+
+class Curves(Callback):
+    """Logs losses by steps and by tokens, the learning rate, the gradient norm and tokens per second.
+
+    The loss of the original and the loss right after the collapse open the validation curve, so that a reader sees what
+    the collapse cost and what training gave back.
+
+    Attributes:
+        tokens: tokens trained on so far, over all devices.
+        validation: (step, tokens, loss) of every validation, the collapsed model first.
+        training_seconds: time in training steps, between points of the training curve.
+    """
+
+    def __init__(self, collapse: LayerCollapse):
+        self.collapse = collapse
+        self.tokens = 0
+        self.validation: list[tuple[int, int, float]] = []
+        self.training_seconds = 0.0
+        self._measured_tokens = 0
+        self._since: tuple[float, int] | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Mean speed of training, validation and the first batch aside; None for a run without two points."""
+        return self._measured_tokens / self.training_seconds if self.training_seconds else None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the curves with what was measured before training."""
+        self._since = None
+        if not self.validation and "collapsed" in self.collapse.losses:
+            self._log_start(trainer)
+
+    def _log_start(self, trainer: Trainer) -> None:
+        original, collapsed = self.collapse.losses["original"], self.collapse.losses["collapsed"]
+        self.validation.append((0, 0, collapsed))
+        values = {"val/loss_original": original, "val/loss": collapsed}
+        values["val/perplexity"] = float(torch.tensor(collapsed).exp())
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(values, step=0)
+        self._by_tokens(trainer, values)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count tokens, and log at Lightning's interval."""
+        self.tokens += batch["input_ids"].numel() * trainer.world_size
+        if self._since is None:
+            self._since = (time.perf_counter(), self.tokens)
+        # only here, where Lightning has logged too, is the loss read off the device
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not stepped or not logs_after(trainer, trainer.global_step):
+            return
+        values = {"train/loss": float(outputs["loss"])}
+        began, tokens = self._since
+        if self.tokens > tokens:
+            seconds = time.perf_counter() - began
+            self.training_seconds += seconds
+            self._measured_tokens += self.tokens - tokens
+            pl_module.log("train/tokens_per_second", (self.tokens - tokens) / seconds)
+        self._since = (time.perf_counter(), self.tokens)
+        pl_module.log("train/tokens", float(self.tokens))
+        self._by_tokens(trainer, values)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Log the learning rate, and the gradient norm before clipping."""
+        if not logs_after(trainer, trainer.global_step + 1):
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        pl_module.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+        pl_module.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the validation loss on the axis of tokens."""
+        self._since = None  # time spent validating is no training time
+        if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics or trainer.state.fn != "fit":
+            return
+        values = {name: float(trainer.callback_metrics[name]) for name in ("val/loss", "val/perplexity")}
+        self.validation.append((trainer.global_step, self.tokens, values["val/loss"]))
+        self._by_tokens(trainer, values)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the curve where training ended, if the last validation was earlier."""
+        if self.validation and self.validation[-1][0] == trainer.global_step:
+            return
+        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        context = trainer.precision_plugin.val_step_context
+        loss = mean_loss(pl_module.lm, loader, pl_module.device, context).loss  # type: ignore[arg-type]
+        self.validation.append((trainer.global_step, self.tokens, loss))
+        values = {"val/loss": loss, "val/perplexity": float(torch.tensor(loss).exp())}
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(values, step=trainer.global_step)
+        self._by_tokens(trainer, values)
+
+    def _by_tokens(self, trainer: Trainer, values: dict[str, float]) -> None:
+        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+            for name, value in values.items():
+                trainer.logger.experiment.add_scalar(f"by_tokens/{name}", value, self.tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts and curve, so that a resumed run goes on with them."""
+        return {"tokens": self.tokens, "validation": [list(point) for point in self.validation]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See state_dict."""
+        self.tokens = state_dict["tokens"]
+        self.validation = [(int(step), int(tokens), float(loss)) for step, tokens, loss in state_dict["validation"]]

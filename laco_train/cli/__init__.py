@@ -1,0 +1,75 @@
+"""The program: picks the verb, and turns the two kinds of expected failure into one line and an exit code.
+
+Nothing heavy is imported before the verb needs it, so that `--help` answers at once.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from laco_train.errors import InputError, TrainingStopped
+
+_USAGE = """\
+usage: python -m laco_train VERB [options]
+
+Collapse decoder layers of a causal language model (Layer Collapse, arXiv 2402.11187), train what is left, export it.
+
+verbs:
+  fit       collapse, train, export:       fit --recipe RECIPE [--SECTION.KEY VALUE ...]
+  validate  validation loss:               validate --recipe RECIPE [--ckpt_path FILE]
+  collapse  search and write, no training: collapse --recipe RECIPE --output DIR
+  export    a model from a checkpoint:     export --checkpoint FILE --output DIR
+
+RECIPE is a path, a name under ./recipes, or the name of a recipe that the package ships.
+`VERB --help` explains every key; `VERB --recipe RECIPE --print_config` prints a recipe with its comments."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program; returns the exit code: 0, 1 if training stopped, 2 for bad input."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    if argv[0] == "--version":
+        from laco_train import __version__
+
+        print(f"laco_train {__version__}")
+        return 0
+    verb = _verbs().get(argv[0])
+    try:
+        if verb is None:
+            raise InputError(argv[0], f"is no verb; the verbs are {', '.join(_verbs())}")
+        verb(list(argv[1:]))
+    except InputError as error:
+        print(f"laco_train: error: {error}", file=sys.stderr)
+        return 2
+    except TrainingStopped as error:
+        print(f"laco_train: stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _verbs() -> dict[str, Callable[[list[str]], None]]:
+    return {"fit": _fit, "validate": _validate, "collapse": _collapse, "export": _export}
+
+
+def _fit(args: list[str]) -> None:
+    from laco_train.cli.trainer import run
+
+    run("fit", args)
+
+
+def _validate(args: list[str]) -> None:
+    from laco_train.cli.trainer import run
+
+    run("validate", args)
+
+
+def _collapse(args: list[str]) -> None:
+    from laco_train.cli.collapse import run
+
+    run(args)
+
+
+def _export(args: list[str]) -> None:
+    from laco_train.cli.export import run
+
+    run(args)

@@ -1,0 +1,70 @@
+"""`collapse --recipe R --output DIR`: search and write, no training."""
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import SUPPRESS, ActionConfigFile
+
+from laco_train.cli.parsing import VerbParser, add_recipe_flag, resolve_arguments
+from laco_train.settings import CollapseSettings, ExportSettings, ModelSettings, check_collapse, check_model
+
+
+def parser() -> VerbParser:
+    """The verb's parser; sections that only training reads are accepted and left alone."""
+    p = VerbParser(
+        prog="laco_train collapse",
+        description="Collapse a model and write it as a Hugging Face folder, without training.",
+        print_config="--print_config",
+    )
+    add_recipe_flag(p, ActionConfigFile)
+    p.add_argument("--output", type=str, required=True, help="Folder to write; must not exist or be empty.")
+    p.add_class_arguments(ModelSettings, "model")
+    p.add_class_arguments(CollapseSettings, "collapse")
+    p.add_class_arguments(ExportSettings, "export")
+    for section in ("data", "trainer"):
+        p.add_argument(f"--{section}", type=dict[str, Any], default={}, help=SUPPRESS)
+    p.add_argument("--seed_everything", type=bool | int, default=0, help=SUPPRESS)
+    return p
+
+
+def run(args: list[str]) -> None:
+    """Collapse and write."""
+    arguments, recipe = resolve_arguments(args)
+    p = parser()
+    config = p.parse_args(arguments)
+    ready = p.instantiate_classes(config)
+    model_settings: ModelSettings = ready.model
+    collapse_settings: CollapseSettings = ready.collapse
+    check_model(model_settings)
+    check_collapse(collapse_settings)
+
+    from laco_train.export import refuse_nonempty
+
+    output = Path(config.output)
+    refuse_nonempty(output, "--output")
+
+    import torch
+
+    from laco_train.collapse import collapse_model
+    from laco_train.collapse.report import describe
+    from laco_train.export import CardFacts, export_folder
+    from laco_train.models import load_config, load_model, load_tokenizer
+    from laco_train.precision import named_dtype, weights_dtype
+    from laco_train.progress import search_progress
+
+    s = model_settings
+    check_collapse(collapse_settings, load_config(s.source, trust_remote_code=s.trust_remote_code).num_hidden_layers)
+    tokenizer = load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)
+    dtype = weights_dtype(s.dtype, str(config.trainer.get("precision") or "32-true"))
+    print(f"Loading {s.source} as {str(dtype).removeprefix('torch.')}", flush=True)
+    model = load_model(s.source, dtype=dtype, trust_remote_code=s.trust_remote_code)
+    if torch.cuda.is_available():
+        model.to(torch.device("cuda"))  # type: ignore[arg-type]  # Transformers wraps to() for bitsandbytes
+    with search_progress(collapse_settings.lowest_layer) as on_candidate:
+        model, plan = collapse_model(model, tokenizer, collapse_settings, source=s.source, on_candidate=on_candidate)
+    print("\n".join(describe(plan)), flush=True)
+    card = CardFacts(
+        base_model=s.source, recipe=recipe or "", method="none", data={}, losses={}, tokens=0, steps=0, licence=None
+    )
+    export_dtype = dtype if ready.export.dtype == "auto" else named_dtype(ready.export.dtype)
+    export_folder(model, tokenizer, output, dtype=export_dtype, plan=plan, card=card)

@@ -1,0 +1,71 @@
+"""What the parsers of all verbs share: one-line errors, and recipes found by name. Imports no torch."""
+
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from laco_train.errors import InputError
+from laco_train.recipes import find_recipe
+
+# --help shows the line under each field of laco_train.settings
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_RECIPE_FLAGS = ("--recipe", "-r", "--config", "-c")
+
+
+class OneLineErrors:
+    """Mixin of argument parsers: an error is an InputError instead of a usage text and an exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what argparse would print, shortened to the line that names the key."""
+        raise InputError(*_key_and_problem(message))
+
+
+class VerbParser(OneLineErrors, ArgumentParser):
+    """Parser of a verb that needs no Trainer."""
+
+
+def _key_and_problem(message: str) -> tuple[str, str]:
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    text = " ".join(lines)
+    for marker in ("Problem with given class_path", "Parser key "):
+        text = text.replace(marker, "")
+    key, separator, problem = text.partition(":")
+    return (key.strip("'\" "), problem.strip()) if separator else ("command line", text)
+
+
+def resolve_arguments(args: list[str]) -> tuple[list[str], str | None]:
+    """Put the path of a recipe in place of its name, and ask for comments where a recipe is to be printed.
+
+    Returns:
+        The arguments, and the name of the last recipe without its suffix, or None without one.
+    """
+    resolved: list[str] = []
+    name: str | None = None
+    rest = iter(args)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag in _RECIPE_FLAGS:
+            value = value if equals else next(rest, "")
+            if not value:
+                raise InputError("--recipe", "names no recipe")
+            path = find_recipe(value)
+            name = path.stem
+            resolved += ["--recipe", str(path)]
+        elif argument == "--print_config":
+            resolved.append("--print_config=comments")
+        else:
+            resolved.append(argument)
+    return resolved, name
+
+
+def add_recipe_flag(parser: ArgumentParser, action: Any) -> None:
+    """The option that reads a recipe, under the names users try."""
+    parser.add_argument(
+        "--recipe",
+        "-r",
+        "--config",
+        "-c",
+        action=action,
+        help="Recipe: a path, a name under ./recipes, or a shipped one.",
+    )

@@ -1,0 +1,71 @@
+"""The table that ends a run."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.table import Table
+
+from laco_train.callbacks.curves import Curves
+from laco_train.callbacks.layer_collapse import LayerCollapse
+
+
+def write_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer) -> None:
+    """Keep the run's outcome as summary.json in its folder, for whoever compares runs."""
+    plan = collapse.plan
+    assert plan is not None
+    values = {
+        "source": plan.source,
+        "strategy": plan.strategy,
+        "source_depth": plan.source_depth,
+        "depth": plan.depth,
+        "parameters": dataclasses.asdict(plan.parameters),
+        "losses": {**collapse.losses, "trained": curves.validation[-1][2]},
+        "validation": [{"step": step, "tokens": tokens, "loss": loss} for step, tokens, loss in curves.validation],
+        "steps": trainer.global_step,
+        "tokens": curves.tokens,
+        "search_seconds": sum(candidate.seconds for candidate in plan.candidates),
+        "training_seconds": curves.training_seconds,
+        "tokens_per_second": curves.tokens_per_second,
+        "precision": str(trainer.precision),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+    }
+    path = Path(str(trainer.log_dir)) / "summary.json"
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def print_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer, export: Path | None) -> None:
+    """Print what the collapse cost, what training gave back, and where the results are."""
+    plan, losses = collapse.plan, collapse.losses
+    assert plan is not None
+    trained = curves.validation[-1][2]
+    table = Table(title="Layer Collapse", title_style="bold")
+    for name in ("", "layers", "parameters", "validation loss", "perplexity"):
+        table.add_column(name, justify="left" if not name else "right")
+    rows = [
+        ("original", plan.source_depth, plan.parameters.before, losses.get("original")),
+        ("after collapse", plan.depth, plan.parameters.after, losses.get("collapsed")),
+        ("after training", plan.depth, plan.parameters.after, trained),
+    ]
+    for name, depth, parameters, loss in rows:
+        numbers = ("", "") if loss is None else (f"{loss:.4f}", _perplexity(loss))
+        table.add_row(name, str(depth), f"{parameters:,}", *numbers)
+    console = Console(width=100)
+    console.print(table)
+    if "original" in losses and losses["collapsed"] > losses["original"]:
+        share = (losses["collapsed"] - trained) / (losses["collapsed"] - losses["original"])
+        console.print(
+            f"Training on {curves.tokens:,} tokens ({trainer.global_step} steps) gave back "
+            f"{100 * share:.0f}% of the loss that the collapse cost."
+        )
+    console.print(f"Run: {trainer.log_dir}   curves: tensorboard --logdir {trainer.log_dir}", soft_wrap=True)
+    if export is not None:
+        console.print(f'Model: {export}   load: AutoModelForCausalLM.from_pretrained("{export}")', soft_wrap=True)
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):,.1f}" if loss < 20 else f"e^{loss:.0f}"

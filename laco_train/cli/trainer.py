@@ -1,0 +1,189 @@
+"""`fit` and `validate`, on LightningCLI: every Trainer option works, and the recipe's sections are our dataclasses."""
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from laco_train.callbacks.curves import Curves
+from laco_train.callbacks.divergence import StopOnNonFiniteLoss
+from laco_train.callbacks.duration import EstimateDuration
+from laco_train.callbacks.layer_collapse import LayerCollapse
+from laco_train.cli.parsing import OneLineErrors, add_recipe_flag, resolve_arguments
+from laco_train.cli.summary import print_summary, write_summary
+from laco_train.collapse import CollapsePlan
+from laco_train.errors import InputError
+from laco_train.export import CardFacts, export_folder, refuse_nonempty, save_adapter
+from laco_train.models import load_config, load_tokenizer
+from laco_train.precision import named_dtype, weights_dtype
+from laco_train.settings import (
+    CollapseSettings,
+    DataSettings,
+    ExportSettings,
+    ModelSettings,
+    check_collapse,
+    check_data,
+    check_model,
+)
+from laco_train.training.checkpoint import read_checkpoint
+from laco_train.training.data import PackedText
+from laco_train.training.module import CausalLM
+
+_SECTIONS = {"model": ModelSettings, "collapse": CollapseSettings, "data": DataSettings, "export": ExportSettings}
+_TRAINER_DEFAULTS = {
+    "num_sanity_val_steps": 0,  # the loss right after the collapse is measured anyway
+    "use_distributed_sampler": False,  # PackedText deals out its batches itself; the injected sampler isn't exact
+    "log_every_n_steps": 10,
+}
+
+
+class RecipeParser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser with one-line errors."""
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI whose sections are laco_train.settings."""
+
+    def __init__(self, args: list[str], recipe: str | None):
+        self.recipe = recipe or "run"
+        super().__init__(
+            trainer_defaults=_TRAINER_DEFAULTS,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_class=RecipeParser,
+            parser_kwargs={"prog": "laco_train", "print_config": "--print_config"},
+            args=args,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The Trainer's methods that are verbs, with the arguments that are not options."""
+        data = {"model", "datamodule", "weights_only"}
+        return {"fit": data | {"train_dataloaders", "val_dataloaders"}, "validate": data | {"dataloaders", "verbose"}}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that reads a recipe under --recipe."""
+        kwargs.setdefault("print_config", "--print_config")
+        parser = self.parser_class(**kwargs)
+        add_recipe_flag(parser, ActionConfigFile)
+        return parser
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Our sections, and the Trainer's."""
+        for name, settings in _SECTIONS.items():
+            parser.add_class_arguments(settings, name)
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in _TRAINER_DEFAULTS.items()})
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the checkpoint alone: LightningCLI would load it whole and let its values override the recipe."""
+
+    def instantiate_classes(self) -> None:
+        """Check the settings while nothing is written, then make module, data and trainer from them."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.model_settings: ModelSettings = self._get(self.config_init, "model")
+        self.collapse_settings: CollapseSettings = self._get(self.config_init, "collapse")
+        self.data_settings: DataSettings = self._get(self.config_init, "data")
+        self.export_settings: ExportSettings = self._get(self.config_init, "export")
+        check_model(self.model_settings)
+        check_collapse(self.collapse_settings)
+        check_data(self.data_settings)
+        s = self.model_settings
+        precision = str(self._get(self.config_init, "trainer").get("precision") or "32-true")
+        self.dtype = weights_dtype(s.dtype, precision)
+        self.load_tokenizer = partial(load_tokenizer, s.source, trust_remote_code=s.trust_remote_code)
+        self.model = CausalLM(s, self.dtype)
+        self.datamodule = PackedText(self.data_settings, self.load_tokenizer)
+        self.collapse = self._collapse_callback()
+        self.curves = Curves(self.collapse)
+        self.trainer = self.instantiate_trainer()
+        self._say_device()
+        depth = load_config(s.source, trust_remote_code=s.trust_remote_code).num_hidden_layers
+        if self.collapse.plan is None:
+            check_collapse(self.collapse_settings, depth)
+
+    def _collapse_callback(self) -> LayerCollapse:
+        path = self._get(self.config_init, "ckpt_path")
+        if path is None:
+            return LayerCollapse(self.collapse_settings)
+        checkpoint = read_checkpoint(Path(path))
+        losses = {name: value for name, value in checkpoint.losses.items() if name != "trained"}
+        return LayerCollapse(self.collapse_settings, checkpoint.plan, losses)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A Trainer with our callbacks, logging to lightning_logs/<recipe>/version_N unless told otherwise."""
+        trainer_config = {**self._get(self.config_init, "trainer"), **kwargs}
+        if trainer_config.get("logger") in (None, True):
+            root = trainer_config.get("default_root_dir") or "."
+            logger = TensorBoardLogger(Path(root) / "lightning_logs", name=self.recipe, default_hp_metric=False)
+            trainer_config["logger"] = logger
+        callbacks = [self.collapse, self.curves, StopOnNonFiniteLoss(), EstimateDuration(self.data_settings)]
+        trainer = self._instantiate_trainer(trainer_config, callbacks)
+        return trainer
+
+    def _say_device(self) -> None:
+        if isinstance(self.trainer.accelerator, CPUAccelerator):
+            import torch
+
+            print(f"No GPU is used: this run is on the CPU ({torch.get_num_threads()} threads).", flush=True)
+
+    def before_fit(self) -> None:
+        """Log what the run was asked for."""
+        if self.trainer.logger is not None:
+            model, collapse, data = (
+                asdict(self.model_settings),
+                asdict(self.collapse_settings),
+                asdict(self.data_settings),
+            )
+            values = {"model": json.dumps(model), "collapse": json.dumps(collapse), "data": json.dumps(data)}
+            self.trainer.logger.log_hyperparams(values)
+
+    def after_fit(self) -> None:
+        """Export what was trained, and sum up."""
+        if self.trainer.interrupted or not self.trainer.is_global_zero:
+            return
+        folder = self._export() if self.export_settings.enabled and self.trainer.log_dir else None
+        if self.trainer.log_dir:
+            write_summary(self.collapse, self.curves, self.trainer)
+        print_summary(self.collapse, self.curves, self.trainer, folder)
+
+    def _export(self) -> Path:
+        output = Path(str(self.trainer.log_dir)) / "export"
+        plan = self.collapse.plan
+        assert isinstance(plan, CollapsePlan)
+        name = self.export_settings.dtype
+        if self.model_settings.method == "lora":
+            save_adapter(self.model.lm, output.parent / "adapter")
+        card = CardFacts(
+            base_model=self.model_settings.source,
+            recipe=self.recipe,
+            method=self.model_settings.method,
+            data=self.datamodule.summary(),
+            losses={**self.collapse.losses, "trained": self.curves.validation[-1][2]},
+            tokens=self.curves.tokens,
+            steps=self.trainer.global_step,
+            licence=None,
+        )
+        dtype = self.dtype if name == "auto" else named_dtype(name)
+        refuse_nonempty(output, "export")
+        export_folder(self.model.lm, self.load_tokenizer(), output, dtype=dtype, plan=plan, card=card)
+        return output
+
+
+def run(verb: str, args: list[str]) -> None:
+    """Run `verb` of the Trainer with command-line arguments `args`."""
+    arguments, recipe = resolve_arguments(args)
+    try:
+        RecipeCLI([verb, *arguments], recipe)
+    except MisconfigurationException as error:
+        raise InputError("trainer", str(error).splitlines()[0]) from error

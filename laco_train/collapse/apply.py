@@ -1,0 +1,153 @@
+"""From settings to a plan, and from a plan to the collapsed model."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from laco_train.collapse.decoder import Decoder, decoder_of, keep_layers
+from laco_train.collapse.merge import DROP, is_norm, merge_weights, merged_names
+from laco_train.collapse.plan import Calibration, Candidate, CollapsePlan, Merge, Parameters, dropped_by, lineage_after
+from laco_train.collapse.search import layer_collapse
+from laco_train.collapse.similarity import calibration_batch, read_calibration
+from laco_train.errors import InputError
+from laco_train.settings import CollapseSettings, check_collapse
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over sorted parameter names, shapes and dtypes and the bytes of the norms' weights.
+
+    Cheap on any size of model, and yet different for models that differ in training.
+    """
+    digest = hashlib.sha256()
+    parameters = dict(model.named_parameters())
+    owners = dict(model.named_modules())
+    for name in sorted(parameters):
+        value = parameters[name]
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        if is_norm(owners[name.rpartition(".")[0]]):
+            digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def collapse_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: CollapseSettings,
+    *,
+    source: str = "",
+    on_candidate: Callable[[Candidate], None] | None = None,
+) -> tuple[PreTrainedModel, CollapsePlan]:
+    """Collapse `model` in place by Layer Collapse, a saved plan or a list of layers.
+
+    Args:
+        model: a decoder-only causal LM, on the device to search on.
+        tokenizer: its tokenizer, for the calibration text.
+        settings: see CollapseSettings.
+        source: where the model came from, recorded in the plan.
+        on_candidate: called after each candidate of a search.
+
+    Returns:
+        The model that was passed, and the plan that was applied to it.
+
+    Raises:
+        InputError: settings that don't fit the model, a plan of another model, an unsupported family.
+    """
+    if settings.plan is not None:
+        check_collapse(settings)
+        plan = CollapsePlan.load(settings.plan)
+    else:
+        plan = make_plan(model, tokenizer, settings, source=source, on_candidate=on_candidate)
+    return apply_plan(model, plan), plan
+
+
+def make_plan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: CollapseSettings,
+    *,
+    source: str = "",
+    on_candidate: Callable[[Candidate], None] | None = None,
+) -> CollapsePlan:
+    """Choose layers of `model` by `settings`, leaving it as it is; see `collapse_model`."""
+    decoder = decoder_of(model)
+    check_collapse(settings, decoder.depth)
+    calibration = None
+    candidates: list[Candidate] = []
+    if settings.remove is None:
+        batch = calibration_batch(tokenizer, read_calibration(settings.calibration))
+        was_training = model.training
+        model.eval()
+        candidates = layer_collapse(decoder, batch, settings, on_candidate)
+        model.train(was_training)
+        calibration = Calibration(batch.samples, batch.tokens, batch.sha256)
+    accepted = [(c, c.similarity) for c in candidates if c.accepted and c.similarity is not None]
+    merges = tuple(Merge(c.layer, c.absorbed, similarity) for c, similarity in accepted)
+    dropping = settings.merge_rule == DROP
+    removed = tuple(sorted(settings.remove or ()))
+    lineage = lineage_after(decoder.depth, merges, removed, dropping=dropping)
+    before = count_parameters(model)
+    lost = set(range(decoder.depth)) - {layer[0] for layer in lineage}
+    after = before - sum(p.numel() for index in lost for p in decoder.stack[index].parameters())
+    return CollapsePlan(
+        source=source,
+        source_fingerprint=fingerprint(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        strategy="laco" if settings.remove is None else "remove",
+        round=0,
+        source_depth=decoder.depth,
+        depth=len(lineage),
+        settings=dataclasses.asdict(settings),
+        merge_rule=settings.merge_rule,
+        merge_norms=settings.merge_norms,
+        merges=merges,
+        removed=dropped_by(decoder.depth, lineage),
+        candidates=tuple(candidates),
+        lineage=lineage,
+        parameters=Parameters(before, after, 1 - after / before),
+        calibration=calibration,
+    )
+
+
+@torch.no_grad()
+def apply_plan(model: PreTrainedModel, plan: CollapsePlan) -> PreTrainedModel:
+    """Collapse `model` in place as `plan` says, bit for bit as the search that made the plan saw it.
+
+    Raises:
+        InputError: the plan belongs to another model (depth or fingerprint).
+    """
+    decoder = decoder_of(model)
+    refuse_other_model(decoder, plan)
+    weights: list[dict[str, Tensor]] = [dict(layer.named_parameters()) for layer in decoder.stack]
+    standing = list(range(decoder.depth))
+    for merge in plan.merges:
+        window = standing[merge.layer : merge.layer + merge.absorbed + 1]
+        names = merged_names(decoder.stack[window[0]], plan.merge_norms)
+        for name, value in merge_weights(plan.merge_rule, [weights[index] for index in window], names).items():
+            weights[window[0]][name].copy_(value)
+        del standing[merge.layer + 1 : merge.layer + merge.absorbed + 1]
+    keep_layers(decoder, [layer[0] for layer in plan.lineage])
+    return model
+
+
+def refuse_other_model(decoder: Decoder, plan: CollapsePlan) -> None:
+    """InputError unless `plan` was made for this very model."""
+    if plan.source_depth != decoder.depth:
+        raise InputError(
+            "collapse.plan", f"was made for {plan.source_depth} layers ({plan.source}), this model has {decoder.depth}"
+        )
+    dtype = str(decoder.model.dtype).removeprefix("torch.")
+    if plan.dtype != dtype:
+        raise InputError(
+            "collapse.plan", f"was made for {plan.dtype} weights, these are {dtype}; set model.dtype: {plan.dtype}"
+        )
+    if plan.source_fingerprint != fingerprint(decoder.model):
+        raise InputError("collapse.plan", f"was made for another model ({plan.source}): fingerprints differ")

@@ -1,0 +1,170 @@
+"""From calibration text to hidden states to a cosine.
+
+Shapes: S samples, T padded tokens, D hidden size.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from laco_train.collapse.decoder import Decoder
+from laco_train.errors import InputError
+from laco_train.recipes import find
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """Calibration text as one right-padded batch.
+
+    Attributes:
+        input_ids: (S, T) token ids.
+        mask: (S, T), 1 where a token counts.
+        sha256: of the samples' text, joined by newlines.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    sha256: str
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.input_ids.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, padding aside."""
+        return int(self.mask.sum())
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the model passes to one decoder layer beside the hidden states: masks, positions, no cache."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OriginalStates:
+    """The uncollapsed model's states on the calibration batch.
+
+    Attributes:
+        entering: for each layer, the (S, T, D) hidden states that enter it.
+        calls: for each layer, how the model calls it.
+        final: (S, T, D), after the final norm.
+    """
+
+    entering: list[Tensor]
+    calls: list[LayerCall]
+    final: Tensor
+
+
+def read_calibration(calibration: str | Sequence[str]) -> list[str]:
+    """The samples: the lines of a text file that are not blank, or the list itself."""
+    if isinstance(calibration, str):
+        path = find("data", calibration)
+        if path is None:
+            raise InputError("collapse.calibration", f"no file {calibration!r}; name a file with one sample a line")
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise InputError("collapse.calibration", f"{path} is not UTF-8 text") from None
+    else:
+        lines = list(calibration)
+    samples = [line.strip() for line in lines if line.strip()]
+    if not samples:
+        raise InputError("collapse.calibration", f"{calibration!r} holds no text; give one sample a line")
+    return samples
+
+
+def calibration_batch(tokenizer: PreTrainedTokenizerBase, samples: Sequence[str]) -> CalibrationBatch:
+    """Tokenise `samples` as the model's users would, and pad on the right, so that real tokens never see padding."""
+    ids = [tokenizer(sample)["input_ids"] for sample in samples]
+    if not all(ids):
+        raise InputError("collapse.calibration", "a sample has no tokens; remove it")
+    width = max(len(row) for row in ids)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    input_ids = torch.tensor([row + [pad] * (width - len(row)) for row in ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
+    digest = hashlib.sha256("\n".join(samples).encode()).hexdigest()
+    return CalibrationBatch(input_ids, mask, digest)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in a decoder layer's output, which is a tensor or a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _recording(decoder: Decoder) -> Iterator[tuple[list[Tensor], list[LayerCall]]]:
+    entering: list[Tensor] = []
+    calls: list[LayerCall] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = dict(kwargs)
+        hidden = args[0] if args else rest.pop("hidden_states")
+        entering.append(hidden)
+        calls.append(LayerCall(args[1:], rest))
+
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in decoder.stack]
+    try:
+        yield entering, calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def original_states(decoder: Decoder, batch: CalibrationBatch) -> OriginalStates:
+    """One forward pass of the model as it is, keeping what enters each layer and how each is called.
+
+    Raises:
+        InputError: if norm(last layer) is not the model's final hidden state, so that walking the layers by hand would
+            compute another function than the model does.
+    """
+    model = decoder.model
+    device = next(model.parameters()).device
+    with _recording(decoder) as (entering, calls):
+        base = model.base_model
+        output = base(input_ids=batch.input_ids.to(device), attention_mask=batch.mask.to(device), use_cache=False)
+    final = output[0]
+    if len(calls) != decoder.depth:
+        raise InputError("model.source", f"{model.config.model_type} did not call each of its layers once")
+    walked = run_layers(decoder, entering[-1], [decoder.stack[-1]], calls[-1:])
+    if not torch.equal(walked[batch.mask.bool()], final[batch.mask.bool()]):
+        worst = (walked - final).abs().max().item()
+        if not worst <= 1e-2 * final.abs().max().item():
+            kind = model.config.model_type
+            raise InputError("model.source", f"{kind} does more after its last layer than a norm (off by {worst:.1e})")
+    return OriginalStates(entering, calls, final)
+
+
+def run_layers(decoder: Decoder, hidden: Tensor, layers: Sequence[nn.Module], calls: Sequence[LayerCall]) -> Tensor:
+    """Run `hidden` (S, T, D) through `layers` and the final norm."""
+    for layer, call in zip(layers, calls, strict=True):
+        hidden = hidden_of(layer(hidden, *call.args, **call.kwargs))
+    return hidden if decoder.norm is None else decoder.norm(hidden)
+
+
+def mean_cosine(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Cosine of each sample's flattened hidden states, padding left out, averaged over samples (published code).
+
+    Args:
+        a: (S, T, D).
+        b: (S, T, D).
+        mask: (S, T), 1 where a token counts.
+
+    Returns:
+        A float32 scalar tensor on the device of `a`.
+    """
+    weight = mask.to(a.device).unsqueeze(-1)
+    x = (a.float() * weight).flatten(1)
+    y = (b.float() * weight).flatten(1)
+    return torch.nn.functional.cosine_similarity(x, y, dim=1, eps=1e-30).mean()

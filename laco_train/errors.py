@@ -1,0 +1,18 @@
+"""The two ways a run ends early on purpose; both are printed as one line, without a traceback."""
+
+
+class InputError(ValueError):
+    """Bad input from the user: ends the program with exit code 2.
+
+    Args:
+        key: the recipe key or command-line option at fault, such as ``collapse.layers_per_merge``.
+        problem: what is wrong and how to mend it, in one line.
+    """
+
+    def __init__(self, key: str, problem: str):
+        super().__init__(f"{key}: {' '.join(problem.split())}")
+        self.key = key
+
+
+class TrainingStopped(RuntimeError):
+    """Training can't go on (a non-finite loss, a proof that failed): exit code 1."""

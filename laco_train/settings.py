@@ -1,0 +1,208 @@
+"""The sections of a recipe, as data: one docstring line a key (default and type come from the field).
+
+Imported by the command line before torch is, so this file must stay free of heavy imports.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from laco_train.errors import InputError
+
+MergeRule = Literal["rdsc", "last", "mean", "drop"]
+Method = Literal["full", "lora"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters (peft), used when ``model.method`` is ``lora``."""
+
+    rank: int = 16
+    """Rank of each adapter; 1 or more."""
+    alpha: int = 32
+    """Scale: an adapter adds alpha / rank times its product; 1 or more."""
+    dropout: float = 0.0
+    """Dropout before each adapter; 0 to below 1."""
+    targets: str | list[str] = "all-linear"
+    """Module names to adapt, such as [q_proj, v_proj], or all-linear: every linear layer but the head."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW; norms and biases never decay."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate; above 0."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings; 0 or more."""
+    beta1: float = 0.9
+    """Decay rate of the first moment, per optimizer step; 0 to below 1."""
+    beta2: float = 0.95
+    """Decay rate of the second moment, per optimizer step; 0 to below 1."""
+    epsilon: float = 1e-8
+    """Added to the denominator; above 0."""
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """Linear warm-up, then a cosine down to a share of the peak."""
+
+    warmup_steps: int = 20
+    """Optimizer steps of linear warm-up; 0 or more, cut to the length of the run."""
+    final_ratio: float = 0.1
+    """Learning rate at the end, as a share of the peak; 0 to 1."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, and how it is trained after the collapse."""
+
+    source: str
+    """Hub id, local folder, .gguf file, or package:NAME/FILE.gguf for a file that an installed package ships."""
+    method: Method = "full"
+    """full: train every weight; lora: train adapters (see lora)."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Low-rank adapters; read when method is lora."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """AdamW."""
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    """Learning rate over the run."""
+    dtype: Dtype = "auto"
+    """Type of the loaded weights; auto: that of trainer.precision where it ends in -true, else float32."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model (Baichuan2, InternLM2); only for sources you trust."""
+
+
+@dataclass(frozen=True)
+class CollapseSettings:
+    """Layer Collapse, Algorithm 1 of arXiv 2402.11187; layers count from 1 here, as in the paper."""
+
+    layers_per_merge: int = 4
+    """C: layers that become one in a merge (layer l and the C - 1 after it); 2 to the depth."""
+    lowest_layer: int = 1
+    """L: the search ends below this layer, counted from 1; 1 to H - C."""
+    highest_layer: int | None = None
+    """H: the search starts at layer H - C; L + C to the depth; null: the depth."""
+    min_interval: int = 2
+    """I: layers the pointer moves down after an accepted merge; 1 or more."""
+    similarity_threshold: float = 0.65
+    """T: a merge is kept if the cosine of final hidden states is above this; -1 to 1."""
+    calibration: str | list[str] = "calibration_en.txt"
+    """Calibration text: a file with one sample a line, or a list of samples; ten sentences suffice."""
+    merge_rule: MergeRule = "rdsc"
+    """rdsc: the paper's formula; last: what the published code computes; mean; drop: remove without merging."""
+    mixed_types: Literal["skip", "first"] = "skip"
+    """A window over unlike layers (sliding and full attention, RoPE and none): skip it, or give it layer l's type."""
+    merge_norms: bool = False
+    """Merge the norms too; false: norms stay those of layer l, as in the published code."""
+    plan: str | None = None
+    """Apply this saved collapse_plan.json instead of a search; a path."""
+    remove: list[int] | None = None
+    """Remove these layers, counted from 0, instead of a search."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Text to train on, tokenised and packed once into blocks, then cached."""
+
+    train: str | list[str] = "austen.jsonl.gz"
+    """Files (.txt, .jsonl, .jsonl.gz, .parquet), a glob, or a hub data set as NAME or NAME:CONFIG; one or a list."""
+    validation: str | list[str] | None = None
+    """The same for validation; null: documents held out of train by a hash of their text."""
+    format: Literal["text", "chat"] = "text"
+    """text: next-token loss everywhere; chat: a messages column, loss on the assistant's turns only."""
+    column: str = "text"
+    """Column that holds the text; chat reads messages unless named otherwise."""
+    block_size: int = 1024
+    """Tokens in a block; 2 or more, at most what the model's positions allow."""
+    batch_size: int = 8
+    """Blocks in a batch, per device; 1 or more."""
+    max_tokens: int | None = None
+    """Stop reading train after this many tokens; null: all of it (a streamed hub data set needs a number)."""
+    validation_max_tokens: int | None = 131072
+    """Stop reading validation after this many tokens; null: all of it."""
+    validation_fraction: float = 0.02
+    """Share of documents held out when validation is null; above 0, below 1."""
+    seed: int = 0
+    """Seed of the order of blocks, which is a function of (seed, epoch) alone."""
+    num_workers: int = 0
+    """Loader processes; 0: the main process, which is enough for packed blocks."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """The Hugging Face folder that a run leaves."""
+
+    enabled: bool = True
+    """Write and prove the folder at the end of fit."""
+    dtype: Dtype = "auto"
+    """Type of the exported weights; auto: that of the trained weights."""
+
+
+def check_static(key: str, ok: bool, problem: str) -> None:
+    """Raise InputError unless `ok`."""
+    if not ok:
+        raise InputError(key, problem)
+
+
+def check_model(s: ModelSettings) -> None:
+    """Refuse model settings that no model could satisfy."""
+    check_static("model.source", bool(s.source.strip()), "is empty; name a hub id, a folder or a .gguf file")
+    o, c, lora = s.optimizer, s.schedule, s.lora
+    check_static("model.optimizer.learning_rate", o.learning_rate > 0, f"must be above 0, is {o.learning_rate}")
+    check_static("model.optimizer.weight_decay", o.weight_decay >= 0, f"must be 0 or more, is {o.weight_decay}")
+    for name in ("beta1", "beta2"):
+        value = getattr(o, name)
+        check_static(f"model.optimizer.{name}", 0 <= value < 1, f"must be 0 to below 1, is {value}")
+    check_static("model.optimizer.epsilon", o.epsilon > 0, f"must be above 0, is {o.epsilon}")
+    check_static("model.schedule.warmup_steps", c.warmup_steps >= 0, f"must be 0 or more, is {c.warmup_steps}")
+    check_static("model.schedule.final_ratio", 0 <= c.final_ratio <= 1, f"must be 0 to 1, is {c.final_ratio}")
+    check_static("model.lora.rank", lora.rank >= 1, f"must be 1 or more, is {lora.rank}")
+    check_static("model.lora.alpha", lora.alpha >= 1, f"must be 1 or more, is {lora.alpha}")
+    check_static("model.lora.dropout", 0 <= lora.dropout < 1, f"must be 0 to below 1, is {lora.dropout}")
+    check_static("model.lora.targets", bool(lora.targets), "is empty; name modules or say all-linear")
+
+
+def check_collapse(s: CollapseSettings, depth: int | None = None) -> None:
+    """Refuse collapse settings that are wrong, for a model of `depth` layers if it is known."""
+    check_static("collapse.plan", s.plan is None or s.remove is None, "goes not with collapse.remove; drop one")
+    c, low, high = s.layers_per_merge, s.lowest_layer, s.highest_layer
+    check_static("collapse.layers_per_merge", c >= 2, f"C must be 2 or more (1 merges nothing), is {c}")
+    check_static("collapse.lowest_layer", low >= 1, f"L counts from 1, is {low}; use 1 for the first layer")
+    check_static("collapse.min_interval", s.min_interval >= 1, f"I must be 1 or more, is {s.min_interval}")
+    t = s.similarity_threshold
+    check_static("collapse.similarity_threshold", -1 <= t <= 1, f"T is a cosine, -1 to 1, is {t}")
+    if s.remove is not None:
+        check_static("collapse.remove", len(s.remove) > 0, "is empty; name layers, counted from 0")
+        check_static("collapse.remove", len(set(s.remove)) == len(s.remove), "names a layer twice")
+        check_static("collapse.remove", min(s.remove) >= 0, f"counts from 0, has {min(s.remove)}")
+        if depth is not None:
+            worst = max(s.remove)
+            check_static("collapse.remove", worst < depth, f"has {worst}, but the last layer is {depth - 1}")
+            check_static("collapse.remove", len(s.remove) < depth, "would remove every layer; leave at least one")
+    if high is None:
+        high = depth
+    if high is not None and s.plan is None and s.remove is None:
+        if depth is not None:
+            check_static("collapse.layers_per_merge", c <= depth, f"C is {c}, more than the model's {depth} layers")
+            check_static("collapse.highest_layer", high <= depth, f"H is {high}, more than the model's {depth} layers")
+        check_static("collapse.lowest_layer", low < high, f"L is {low}, not below H = {high}; lower L")
+        check_static(
+            "collapse.highest_layer",
+            high - c >= low,
+            f"H - C = {high} - {c} is below L = {low}, so nothing would be tried; raise H, lower C or lower L",
+        )
+
+
+def check_data(s: DataSettings) -> None:
+    """Refuse data settings that no text could satisfy."""
+    check_static("data.train", bool(s.train), "is empty; name a file or a data set")
+    check_static("data.block_size", s.block_size >= 2, f"must be 2 or more, is {s.block_size}")
+    check_static("data.batch_size", s.batch_size >= 1, f"must be 1 or more, is {s.batch_size}")
+    check_static("data.num_workers", s.num_workers >= 0, f"must be 0 or more, is {s.num_workers}")
+    for name in ("max_tokens", "validation_max_tokens"):
+        value = getattr(s, name)
+        enough = value is None or value >= s.block_size
+        check_static(f"data.{name}", enough, f"is {value}, less than one block of {s.block_size} tokens; raise it")
+    fraction = s.validation_fraction
+    check_static("data.validation_fraction", 0 < fraction < 1, f"must be above 0 and below 1, is {fraction}")

@@ -1,0 +1,1 @@
+"""Training of the collapsed model: packed data, the Lightning module, its optimizer and adapters."""

@@ -1,0 +1,96 @@
+"""What a training checkpoint says beside weights, read without running any code from it."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from laco_train.collapse import CollapsePlan, apply_plan
+from laco_train.errors import InputError
+from laco_train.models import load_tokenizer
+from laco_train.precision import named_dtype
+from laco_train.settings import LoraSettings, ModelSettings, OptimizerSettings, ScheduleSettings
+from laco_train.training.module import CHECKPOINT_KEY, CausalLM
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """A checkpoint that `fit` wrote.
+
+    Attributes:
+        path: its file.
+        plan: the collapse of its run.
+        model: the recipe's model section.
+        dtype: type of its weights.
+        losses: nats per token, by name.
+        steps: optimizer steps done.
+        tokens: tokens trained on.
+        state_dict: weights, on the CPU.
+    """
+
+    path: Path
+    plan: CollapsePlan
+    model: ModelSettings
+    dtype: torch.dtype
+    losses: dict[str, float]
+    steps: int
+    tokens: int
+    state_dict: dict[str, torch.Tensor]
+
+
+def read_checkpoint(path: Path) -> TrainingCheckpoint:
+    """Read `path` with weights_only, its tensors mapped rather than loaded.
+
+    Raises:
+        InputError: missing, cut short, or not written by fit.
+    """
+    if not path.is_file():
+        raise InputError("--checkpoint", f"no file {str(path)!r}; name a .ckpt under a run's checkpoints folder")
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError("--checkpoint", f"{path} is damaged or no checkpoint of fit ({reason})") from None
+    if not isinstance(values, dict) or not isinstance(values.get(CHECKPOINT_KEY), dict):
+        raise InputError("--checkpoint", f"{path} was not written by laco_train fit")
+    ours: dict[str, Any] = values[CHECKPOINT_KEY]
+    curves = values.get("callbacks", {}).get("Curves", {})
+    losses = dict(ours["losses"])
+    if curves.get("validation"):
+        losses["trained"] = curves["validation"][-1][2]
+    return TrainingCheckpoint(
+        path=path,
+        plan=CollapsePlan.from_dict(ours["plan"], "--checkpoint"),
+        model=_model_settings(ours["model"]),
+        dtype=named_dtype(ours["dtype"]),
+        losses=losses,
+        steps=values["global_step"],
+        tokens=curves.get("tokens", 0),
+        state_dict=values["state_dict"],
+    )
+
+
+def _model_settings(values: dict[str, Any]) -> ModelSettings:
+    return ModelSettings(
+        **{
+            **values,
+            "lora": LoraSettings(**values["lora"]),
+            "optimizer": OptimizerSettings(**values["optimizer"]),
+            "schedule": ScheduleSettings(**values["schedule"]),
+        }
+    )
+
+
+def restore(checkpoint: TrainingCheckpoint) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The trained model (with its adapters, if it has any) and the tokenizer of its source."""
+    s = checkpoint.model
+    module = CausalLM(s, checkpoint.dtype)
+    module.configure_model()
+    apply_plan(module.lm, checkpoint.plan)  # type: ignore[arg-type]
+    module.setup("fit")
+    module.on_load_checkpoint({"state_dict": checkpoint.state_dict})
+    module.load_state_dict(checkpoint.state_dict, strict=False)
+    return module.lm.eval(), load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)

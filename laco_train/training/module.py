@@ -1,0 +1,136 @@
+"""The LightningModule: loads a model, trains it by next-token loss, keeps in a checkpoint what can't be made again."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import PeftModel
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel
+
+from laco_train.models import load_model
+from laco_train.settings import ModelSettings
+from laco_train.training.adapters import attach_lora
+from laco_train.training.loss import Batch, causal_lm_loss, target_tokens
+from laco_train.training.optim import adamw, warmup_cosine
+
+# Under this key a checkpoint holds the plan, the model section and the losses measured before training.
+CHECKPOINT_KEY = "laco_train"
+
+
+class CausalLM(LightningModule):
+    """A causal language model under training.
+
+    Args:
+        settings: the recipe's model section.
+        dtype: type of the weights.
+    """
+
+    strict_loading = False  # a LoRA checkpoint holds the adapters alone; on_load_checkpoint checks the keys itself
+
+    def __init__(self, settings: ModelSettings, dtype: torch.dtype):
+        super().__init__()
+        self.settings = settings
+        self.weights_dtype = dtype
+        self.model: PreTrainedModel | PeftModel | None = None
+        self.validation_loss = MeanMetric()
+        self._exact_buffers: dict[str, Tensor] = {}
+
+    @property
+    def lm(self) -> PreTrainedModel | PeftModel:
+        """The model, once `configure_model` has run."""
+        assert self.model is not None, "configure_model has not run"
+        return self.model
+
+    def configure_model(self) -> None:
+        """Load the weights; a second call changes nothing, as LayerCollapse calls it before Lightning does."""
+        if self.model is None:
+            s = self.settings
+            self.model = load_model(s.source, dtype=self.weights_dtype, trust_remote_code=s.trust_remote_code)
+
+    def setup(self, stage: str) -> None:
+        """Attach adapters, after the callbacks' setup and so after the collapse."""
+        self.configure_model()
+        if self.settings.method == "lora" and not isinstance(self.model, PeftModel):
+            self.model = attach_lora(self.lm, self.settings.lora)  # type: ignore[arg-type]
+        self._exact_buffers = {
+            name: buffer.detach().clone() for name, buffer in self.lm.named_buffers() if buffer.is_floating_point()
+        }
+
+    def _restore_buffers(self) -> None:
+        # Lightning's true-precision plugins cast rotary frequencies too, which from_pretrained keeps in float32
+        for name, exact in self._exact_buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.lm.get_submodule(owner)
+            if module._buffers[leaf] is not None and module._buffers[leaf].dtype != exact.dtype:  # type: ignore[union-attr]
+                module._buffers[leaf] = exact.to(self.device)
+
+    def on_fit_start(self) -> None:
+        """Undo the precision plugin's cast of buffers."""
+        self._restore_buffers()
+
+    def on_validation_start(self) -> None:
+        """Undo the precision plugin's cast of buffers, when validating alone."""
+        self._restore_buffers()
+
+    def on_train_start(self) -> None:
+        """Training mode also for a model that was loaded in eval mode."""
+        self.lm.train()
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Loss of one batch, nats per target token."""
+        loss = causal_lm_loss(self.lm, batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Gather the loss, weighted by target tokens."""
+        tokens = target_tokens(batch)
+        if tokens > 0:
+            self.validation_loss.update(causal_lm_loss(self.lm, batch).detach().float(), tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/loss and its exponential."""
+        loss = self.validation_loss.compute()
+        self.validation_loss.reset()
+        self.log("val/loss", loss, prog_bar=True)
+        self.log("val/perplexity", loss.exp())
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with warm-up and cosine over the length of the run."""
+        optimizer = adamw(self.lm, self.settings.optimizer)
+        schedule = warmup_cosine(optimizer, self.settings.schedule, self.total_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run.
+
+        Not ``trainer.estimated_stepping_batches``, which builds the loader early and so loses its restored position.
+        """
+        trainer = self.trainer
+        batches: int = trainer.datamodule.batches_per_epoch  # type: ignore[attr-defined]
+        steps = [trainer.max_steps] if trainer.max_steps > 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            steps.append(trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches))
+        return min(steps)
+
+    def trainable_names(self) -> set[str]:
+        """State-dict names of what trains, and so of what a LoRA checkpoint holds."""
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """All weights, or with LoRA the adapters alone: source and plan give the rest."""
+        state = nn.Module.state_dict(self, *args, **kwargs)
+        if self.settings.method == "full":
+            return state
+        names = self.trainable_names()
+        return {name: value for name, value in state.items() if name in names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose weights are not exactly those of this model."""
+        expected, found = set(self.state_dict()), set(checkpoint["state_dict"])
+        if expected != found:
+            odd = sorted(expected ^ found)[0]
+            raise ValueError(f"the checkpoint and the model differ in {len(expected ^ found)} weights, first {odd}")

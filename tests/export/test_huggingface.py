@@ -1,0 +1,238 @@
+"""An export loads in plain Transformers, leaves the model alone, and appears whole or not at all."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from laco_train.collapse import CollapsePlan
+from laco_train.errors import InputError, TrainingStopped
+from laco_train.export import CardFacts, Proof, export_folder, refuse_nonempty, save_adapter
+from laco_train.export.huggingface import write_folder
+
+IDS = torch.arange(1, 20).unsqueeze(0)
+Factory = Callable[..., tuple]
+
+
+def quiet(_: str) -> None:
+    """Print nothing."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tied", [True, False])
+def test_folder_reloads_as_the_model(
+    tmp_path: Path,
+    collapsed: Factory,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    facts: CardFacts,
+    tied: bool,
+    dtype: torch.dtype,
+) -> None:
+    model, plan = collapsed(tie_word_embeddings=tied)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.25, eos_token_id=0)
+    output = tmp_path / "deep" / "export"
+    said: list[str] = []
+    proof = export_folder(model, tiny_tokenizer, output, dtype=dtype, plan=plan, card=facts, say=said.append)
+
+    stored = load_file(output / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {dtype}
+    assert ("lm_head.weight" in stored) is not tied
+    reloaded = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
+    assert reloaded.dtype == dtype
+    assert reloaded.config.num_hidden_layers == 4
+    assert (reloaded.lm_head.weight is reloaded.model.embed_tokens.weight) is tied
+    for (name, ours), theirs in zip(model.named_parameters(), reloaded.parameters(), strict=True):
+        assert torch.equal(ours.detach().to(dtype), theirs), name
+    assert reloaded.generation_config.temperature == 0.25
+    assert AutoTokenizer.from_pretrained(output).chat_template == tiny_tokenizer.chat_template
+    assert CollapsePlan.load(output / "collapse_plan.json") == plan
+    assert "from 6 to 4 decoder layers" in (output / "README.md").read_text(encoding="utf-8")
+
+    assert (proof.tensors, proof.max_logit_difference, proof.prompts) == (len(model.state_dict()), 0.0, 4)
+    assert proof.generated_tokens == 4 * 16
+    assert proof.bytes == sum(path.stat().st_size for path in output.iterdir())
+    assert all(f"export: {line}" in said for line in proof.lines())
+    assert [path.name for path in output.parent.iterdir()] == ["export"]
+
+
+def test_live_model_is_untouched(
+    tmp_path: Path, adapted: Factory, tiny_tokenizer: PreTrainedTokenizerFast, facts: CardFacts
+) -> None:
+    model, plan = adapted()
+    model.train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+    def state(model: nn.Module) -> list[tuple]:
+        return [
+            (name, id(p), p.dtype, p.device, p.requires_grad, id(p.grad), p.detach().clone().numpy().tobytes())
+            for name, p in model.named_parameters()
+        ]
+
+    modules = [(name, id(module), module.training) for name, module in model.named_modules()]
+    before, config, vocabulary = state(model), model.base_model.model.config.to_dict(), tiny_tokenizer.get_vocab()
+    export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=torch.bfloat16, plan=plan, card=facts, say=quiet)
+    assert state(model) == before
+    assert [(name, id(module), module.training) for name, module in model.named_modules()] == modules
+    assert model.base_model.model.config.to_dict() == config
+    assert tiny_tokenizer.get_vocab() == vocabulary
+
+
+def test_lora_is_merged_and_reloads(
+    tmp_path: Path, adapted: Factory, tiny_tokenizer: PreTrainedTokenizerFast, facts: CardFacts
+) -> None:
+    model, plan = adapted(tie_word_embeddings=True)
+    export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=torch.float32, plan=plan, card=facts, say=quiet)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
+    torch.testing.assert_close(reloaded(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_adapter_fits_the_collapsed_base(tmp_path: Path, adapted: Factory, collapsed: Factory) -> None:
+    model, _ = adapted()
+    save_adapter(model, tmp_path / "adapter")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "adapter").iterdir()}
+    again = PeftModel.from_pretrained(collapsed()[0], str(tmp_path / "adapter"))
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_loads_without_laco_train(
+    tmp_path: Path, collapsed: Factory, tiny_tokenizer: PreTrainedTokenizerFast, facts: CardFacts
+) -> None:
+    model, plan = collapsed()
+    export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=torch.float32, plan=plan, card=facts, say=quiet)
+    program = """
+import sys
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "laco_train":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Refuse())
+try:
+    import laco_train
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("laco_train can be imported")
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+inputs = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], return_tensors="pt", return_dict=True)
+print(model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0].tolist())
+"""
+    command = [sys.executable, "-I", "-c", program, str(tmp_path / "x")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ids = tiny_tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], return_tensors="pt", return_dict=True
+    )
+    expected = model.generate(**ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0].tolist()
+    assert json.loads(done.stdout) == expected
+
+
+def test_failed_proof_leaves_nothing(
+    tmp_path: Path,
+    collapsed: Factory,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    facts: CardFacts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def write_and_damage(duplicate: nn.Module, tokenizer: object, folder: Path, **rest: object) -> None:
+        write_folder(duplicate, tokenizer, folder, **rest)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.2.mlp.up_proj.weight"][3, 5] += 0.001
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr("laco_train.export.huggingface.write_folder", write_and_damage)
+    model, plan = collapsed()
+    with pytest.raises(TrainingStopped, match=r"nothing was exported: model\.layers\.2\.mlp\.up_proj\.weight differs"):
+        export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=torch.float32, plan=plan, card=facts, say=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_write_is_one_line_and_leaves_nothing(
+    tmp_path: Path,
+    collapsed: Factory,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    facts: CardFacts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def disk_full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    model, plan = collapsed()
+    monkeypatch.setattr(CollapsePlan, "save", disk_full)
+    with pytest.raises(TrainingStopped, match=r"can't write .*No space left on device"):
+        export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=torch.float32, plan=plan, card=facts, say=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stale_partial_folders_do_not_block(
+    tmp_path: Path,
+    collapsed: Factory,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    facts: CardFacts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.getpid", lambda: 4242)
+    for pid in (4242, 4243):
+        (tmp_path / f"x.partial-{pid}").mkdir()
+        (tmp_path / f"x.partial-{pid}" / "junk.txt").write_text("cut short")
+    (tmp_path / "x").mkdir()  # empty, so it may be taken
+    model, plan = collapsed()
+    proof = export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=torch.float32, plan=plan, card=facts, say=quiet)
+    assert isinstance(proof, Proof)
+    assert not (tmp_path / "x" / "junk.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.partial-4243"]
+
+
+def test_without_a_plan(
+    tmp_path: Path, collapsed: Factory, tiny_tokenizer: PreTrainedTokenizerFast, facts: CardFacts
+) -> None:
+    model, _ = collapsed()
+    export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=torch.float32, plan=None, card=facts, say=quiet)
+    assert not (tmp_path / "x" / "collapse_plan.json").exists()
+
+
+def test_generation_config_that_transformers_refuses_to_save(
+    tmp_path: Path, collapsed: Factory, tiny_tokenizer: PreTrainedTokenizerFast, facts: CardFacts
+) -> None:
+    model, plan = collapsed()
+    model.generation_config = GenerationConfig(temperature=0.9, top_p=0.6)  # as the first Llama 2 had it
+    export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=torch.float32, plan=plan, card=facts, say=quiet)
+    written = GenerationConfig.from_pretrained(tmp_path / "x")
+    assert (written.temperature, written.top_p) == (0.9, 0.6)
+    assert not model.generation_config.do_sample
+
+
+@pytest.mark.parametrize("kind", ["file inside", "file", "file above"])
+def test_what_exists_is_refused_before_any_work(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, facts: CardFacts, kind: str
+) -> None:
+    output = tmp_path / "x"
+    if kind == "file inside":
+        output.mkdir()
+        (output / "mine.txt").write_text("mine")
+    else:
+        output.write_text("mine")
+    target = output / "export" if kind == "file above" else output
+    with pytest.raises(InputError, match=r"^export\.output: "):
+        refuse_nonempty(target, "export.output")
+    with pytest.raises(InputError, match=r"^--output: "):
+        # an nn.Module that is no model: work on it would fail in another way
+        export_folder(
+            nn.Linear(1, 1), tiny_tokenizer, target, dtype=torch.float32, plan=None, card=facts, say=pytest.fail
+        )
+    assert "mine" in {path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_mount_point_is_refused() -> None:
+    with pytest.raises(InputError, match="mount point"):
+        refuse_nonempty(Path("/proc"), "--output")
