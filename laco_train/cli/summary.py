@@ -56,7 +56,8 @@ def print_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer, exp
         table.add_row(name, str(depth), f"{parameters:,}", *numbers)
     console = Console(width=100)
     console.print(table)
-    if "original" in losses and losses["collapsed"] > losses["original"]:
+    # below a tenth of a nat the share says nothing
+    if "original" in losses and losses["collapsed"] > losses["original"] + 0.1:
         share = (losses["collapsed"] - trained) / (losses["collapsed"] - losses["original"])
         console.print(
             f"Training on {curves.tokens:,} tokens ({trainer.global_step} steps) gave back "

@@ -2,10 +2,11 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from laco_train.collapse.decoder import Decoder, decoder_of, keep_layers
@@ -31,6 +32,18 @@ def fingerprint(model: PreTrainedModel) -> str:
         if is_norm(owners[name.rpartition(".")[0]]):
             digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time of the block; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def count_parameters(model: PreTrainedModel) -> int:
@@ -84,10 +97,8 @@ def make_plan(
     candidates: list[Candidate] = []
     if settings.remove is None:
         batch = calibration_batch(tokenizer, read_calibration(settings.calibration))
-        was_training = model.training
-        model.eval()
-        candidates = layer_collapse(decoder, batch, settings, on_candidate)
-        model.train(was_training)
+        with evaluating(model):
+            candidates = layer_collapse(decoder, batch, settings, on_candidate)
         calibration = Calibration(batch.samples, batch.tokens, batch.sha256)
     accepted = [(c, c.similarity) for c in candidates if c.accepted and c.similarity is not None]
     merges = tuple(Merge(c.layer, c.absorbed, similarity) for c, similarity in accepted)

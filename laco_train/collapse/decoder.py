@@ -67,6 +67,7 @@ def keep_layers(decoder: Decoder, kept: Sequence[int]) -> Decoder:
     model, family = decoder.model, decoder.family
     container = model.get_submodule(family.stack.rpartition(".")[0])
     stack = nn.ModuleList([decoder.stack[index] for index in kept])
+    stack.training = decoder.stack.training
     setattr(container, family.stack.rpartition(".")[2], stack)
     for index, layer in enumerate(stack):
         for module in layer.modules():

@@ -119,23 +119,25 @@ class CollapsePlan:
         return {"format_version": values.pop("format_version"), **_plain(values)}
 
     @classmethod
-    def from_dict(cls, values: Any, key: str = "collapse.plan") -> "CollapsePlan":
-        """The plan in `values`; InputError, naming `key`, for anything but a whole and consistent one."""
+    def from_dict(cls, values: Any, key: str = "collapse.plan", where: str = "the plan") -> "CollapsePlan":
+        """The plan in `values`; InputError, naming `key` and `where`, for anything but a whole and consistent one."""
         if not isinstance(values, dict):
-            raise InputError(key, "a plan is a JSON object")
+            raise InputError(key, f"{where} is no JSON object")
         if values.get("format_version") != FORMAT_VERSION:
             found = values.get("format_version")
-            raise InputError(key, f"format_version is {found!r}, this release reads {FORMAT_VERSION}")
+            raise InputError(key, f"{where}: format_version is {found!r}, this release reads {FORMAT_VERSION}")
         try:
             return _build(cls, values, "plan")
         except ValueError as error:
-            raise InputError(key, str(error)) from None
+            raise InputError(key, f"{where}: {error}") from None
 
     def save(self, path: Path | str) -> None:
         """Write `path`, whole or not at all."""
         target = Path(path)
         aside = target.with_name(f".{target.name}.partial")
-        aside.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write_text(
+            json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
         aside.replace(target)
 
     @classmethod
@@ -147,7 +149,7 @@ class CollapsePlan:
             raise InputError("collapse.plan", f"can't read {path}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise InputError("collapse.plan", f"{path} is no JSON: {error}") from None
-        return cls.from_dict(values, f"collapse.plan: {path}")
+        return cls.from_dict(values, where=str(path))
 
 
 def lineage_after(
@@ -181,6 +183,14 @@ def dropped_by(source_depth: int, lineage: tuple[tuple[int, ...], ...]) -> tuple
 def _check(plan: CollapsePlan) -> None:
     if plan.merge_rule not in ("rdsc", "last", "mean", "drop"):
         raise ValueError(f"merge_rule {plan.merge_rule!r} is not one of rdsc, last, mean, drop")
+    held = sum(len(layer) for layer in plan.lineage)
+    if plan.source_depth != held + len(plan.removed):  # before anything of that size is built
+        raise ValueError(
+            f"source_depth is {plan.source_depth}, but lineage and removed name {held + len(plan.removed)}"
+        )
+    if plan.round < 0:
+        raise ValueError(f"round is {plan.round}; the first is 0")
+    _check_candidates(plan)
     if any(not 0 <= index < plan.source_depth for index in plan.removed):
         raise ValueError(f"removed names a layer outside 0 to {plan.source_depth - 1}")
     lineage = lineage_after(plan.source_depth, plan.merges, plan.removed, dropping=plan.merge_rule == "drop")
@@ -190,6 +200,19 @@ def _check(plan: CollapsePlan) -> None:
         raise ValueError("removed does not follow from merges and lineage")
     if plan.depth != len(lineage) or plan.depth < 1:
         raise ValueError(f"depth is {plan.depth}, but {len(lineage)} layers survive")
+
+
+def _check_candidates(plan: CollapsePlan) -> None:
+    for candidate in plan.candidates:
+        end = candidate.layer + candidate.absorbed
+        if candidate.layer < 0 or candidate.absorbed < 1 or end >= plan.source_depth:
+            raise ValueError(f"a candidate reaches from layer {candidate.layer} to {end} of {plan.source_depth}")
+        similarity = candidate.similarity
+        if similarity is not None and not -1.001 <= similarity <= 1.001:
+            raise ValueError(f"a candidate has similarity {similarity}, which is no cosine")
+    accepted = [(c.layer, c.absorbed, c.similarity) for c in plan.candidates if c.accepted]
+    if plan.candidates and accepted != [(m.layer, m.absorbed, m.similarity) for m in plan.merges]:
+        raise ValueError("merges are not the accepted candidates")
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ are still the original's and the hidden states entering l never change. A candid
 (a dict of tensors, not a module) and a run of the layers from l on.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class LayerWalk:
         first = window[0]
         names = merged_names(first.layer, self.settings.merge_norms)
         tensors = merge_weights(self.settings.merge_rule, [slot.weights() for slot in window], names)
-        return Slot(first.origin, first.layer, first.call, {**first.merged, **tensors})
+        return Slot(first.origin, first.layer, first.call, tensors or first.merged)
 
     def similarity(self, start: int, suffix: Sequence[Slot]) -> float:
         """Cosine of final states with the original's when `suffix` follows the original's first `start` layers."""
@@ -131,7 +132,9 @@ def layer_collapse(
             slot = walk.merged(window)
             tail = [slot, *walk.slots[at + absorbed + 1 :]]
             similarity = walk.similarity(at, tail)
-            accepted = similarity > settings.similarity_threshold
+            if not math.isfinite(similarity):
+                similarity, refusal = None, "final hidden states are not finite"
+            accepted = similarity is not None and similarity > settings.similarity_threshold
             if accepted:
                 walk.slots[at:] = tail
         seconds = time.perf_counter() - began

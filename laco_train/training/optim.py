@@ -30,7 +30,7 @@ def adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
         fused=all(p.is_cuda for group in groups for p in group["params"]),
     )
     # unscaling is left to the scaler, else Lightning refuses to clip gradients of a fused optimizer
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
