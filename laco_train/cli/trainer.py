@@ -17,7 +17,9 @@ from laco_train.callbacks.curves import Curves
 from laco_train.callbacks.divergence import StopOnNonFiniteLoss
 from laco_train.callbacks.duration import EstimateDuration
 from laco_train.callbacks.layer_collapse import LayerCollapse
+from laco_train.callbacks.progress import RunProgressBar
 from laco_train.cli.parsing import OneLineErrors, add_recipe_flag, resolve_arguments
+from laco_train.cli.quiet import quieten
 from laco_train.cli.summary import print_summary, write_summary
 from laco_train.collapse import CollapsePlan
 from laco_train.errors import InputError
@@ -42,6 +44,7 @@ _TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,  # the loss right after the collapse is measured anyway
     "use_distributed_sampler": False,  # PackedText deals out its batches itself; the injected sampler isn't exact
     "log_every_n_steps": 10,
+    "enable_model_summary": False,  # the collapse prints what it left
 }
 
 
@@ -128,8 +131,9 @@ class RecipeCLI(LightningCLI):
             logger = TensorBoardLogger(Path(root) / "lightning_logs", name=self.recipe, default_hp_metric=False)
             trainer_config["logger"] = logger
         callbacks = [self.collapse, self.curves, StopOnNonFiniteLoss(), EstimateDuration(self.data_settings)]
-        trainer = self._instantiate_trainer(trainer_config, callbacks)
-        return trainer
+        if trainer_config.get("enable_progress_bar") is not False:
+            callbacks.append(RunProgressBar())
+        return self._instantiate_trainer(trainer_config, callbacks)
 
     def _say_device(self) -> None:
         if isinstance(self.trainer.accelerator, CPUAccelerator):
@@ -182,6 +186,7 @@ class RecipeCLI(LightningCLI):
 
 def run(verb: str, args: list[str]) -> None:
     """Run `verb` of the Trainer with command-line arguments `args`."""
+    quieten()
     arguments, recipe = resolve_arguments(args)
     try:
         RecipeCLI([verb, *arguments], recipe)

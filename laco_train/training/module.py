@@ -68,16 +68,13 @@ class CausalLM(LightningModule):
                 module._buffers[leaf] = exact.to(self.device)
 
     def on_fit_start(self) -> None:
-        """Undo the precision plugin's cast of buffers."""
+        """Undo the precision plugin's cast of buffers; training mode, as from_pretrained leaves eval mode."""
         self._restore_buffers()
+        self.lm.train()
 
     def on_validation_start(self) -> None:
         """Undo the precision plugin's cast of buffers, when validating alone."""
         self._restore_buffers()
-
-    def on_train_start(self) -> None:
-        """Training mode also for a model that was loaded in eval mode."""
-        self.lm.train()
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of one batch, nats per target token."""
