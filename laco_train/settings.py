@@ -85,8 +85,14 @@ class CollapseSettings:
     """H: the search starts at layer H - C; L + C to the depth; null: the depth."""
     min_interval: int = 2
     """I: layers the pointer moves down after an accepted merge; 1 or more."""
-    similarity_threshold: float = 0.65
-    """T: a merge is kept if the cosine of final hidden states is above this; -1 to 1."""
+    similarity_threshold: float | None = None
+    """T: a merge is kept if the cosine of final states is above this; -1 to 1; null: 0.65, or what a target needs."""
+    target_depth: int | None = None
+    """Layers that may remain at most, reached by the highest threshold that does; 1 to below the depth."""
+    target_ratio: float | None = None
+    """The same as a share of all parameters to remove, to the nearest whole layer; above 0, below 1."""
+    exact: bool = False
+    """With a target: let the last merge absorb fewer layers, so that the target is met exactly."""
     calibration: str | list[str] = "calibration_en.txt"
     """Calibration text: a file with one sample a line, or a list of samples; ten sentences suffice."""
     merge_rule: MergeRule = "rdsc"
@@ -171,7 +177,8 @@ def check_collapse(s: CollapseSettings, depth: int | None = None) -> None:
     check_static("collapse.lowest_layer", low >= 1, f"L counts from 1, is {low}; use 1 for the first layer")
     check_static("collapse.min_interval", s.min_interval >= 1, f"I must be 1 or more, is {s.min_interval}")
     t = s.similarity_threshold
-    check_static("collapse.similarity_threshold", -1 <= t <= 1, f"T is a cosine, -1 to 1, is {t}")
+    check_static("collapse.similarity_threshold", t is None or -1 <= t <= 1, f"T is a cosine, -1 to 1, is {t}")
+    check_target(s, depth)
     if s.remove is not None:
         check_static("collapse.remove", len(s.remove) > 0, "is empty; name layers, counted from 0")
         check_static("collapse.remove", len(set(s.remove)) == len(s.remove), "names a layer twice")
@@ -192,6 +199,23 @@ def check_collapse(s: CollapseSettings, depth: int | None = None) -> None:
             high - c >= low,
             f"H - C = {high} - {c} is below L = {low}, so nothing would be tried; raise H, lower C or lower L",
         )
+
+
+def check_target(s: CollapseSettings, depth: int | None) -> None:
+    """Refuse a target that contradicts other settings, or that no model of `depth` layers can meet."""
+    target, ratio = s.target_depth, s.target_ratio
+    if target is None and ratio is None:
+        check_static("collapse.exact", not s.exact, "needs collapse.target_depth or collapse.target_ratio")
+        return
+    key = "collapse.target_depth" if target is not None else "collapse.target_ratio"
+    check_static(key, target is None or ratio is None, "goes not with collapse.target_ratio; drop one")
+    check_static(key, s.similarity_threshold is None, "goes not with collapse.similarity_threshold; drop one")
+    check_static(key, s.plan is None, "goes not with collapse.plan; drop one")
+    check_static(key, s.remove is None, "goes not with collapse.remove; drop one")
+    check_static(key, target is None or target >= 1, f"must be 1 or more, is {target}")
+    check_static(key, ratio is None or 0 < ratio < 1, f"must be above 0 and below 1, is {ratio}")
+    if depth is not None and target is not None:
+        check_static(key, target < depth, f"is {target}, but the model has only {depth} layers; ask for fewer")
 
 
 def check_data(s: DataSettings) -> None:

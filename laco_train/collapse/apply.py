@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from laco_train.collapse.decoder import Decoder, decoder_of, keep_layers
 from laco_train.collapse.merge import DROP, is_norm, merge_weights, merged_names
-from laco_train.collapse.plan import Calibration, Candidate, CollapsePlan, Merge, Parameters, dropped_by, lineage_after
-from laco_train.collapse.search import layer_collapse
+from laco_train.collapse.plan import Calibration, Candidate, CollapsePlan, Parameters, dropped_by, lineage_after
 from laco_train.collapse.similarity import calibration_batch, read_calibration
+from laco_train.collapse.strategies import STRATEGIES, Choice
+from laco_train.collapse.walk import Walk
 from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings, check_collapse
 
@@ -94,17 +95,16 @@ def make_plan(
     decoder = decoder_of(model)
     check_collapse(settings, decoder.depth)
     calibration = None
-    candidates: list[Candidate] = []
-    if settings.remove is None:
+    if settings.remove is not None:
+        choice = Choice(DROP, removed=tuple(sorted(settings.remove)))
+    else:
         batch = calibration_batch(tokenizer, read_calibration(settings.calibration))
-        with evaluating(model):
-            candidates = layer_collapse(decoder, batch, settings, on_candidate)
+        target = target_depth(decoder, settings)
+        with evaluating(model), torch.no_grad():
+            choice = STRATEGIES["laco"](Walk(decoder, batch, settings), settings, target, on_candidate)
         calibration = Calibration(batch.samples, batch.tokens, batch.sha256)
-    accepted = [(c, c.similarity) for c in candidates if c.accepted and c.similarity is not None]
-    merges = tuple(Merge(c.layer, c.absorbed, similarity) for c, similarity in accepted)
-    dropping = settings.merge_rule == DROP
-    removed = tuple(sorted(settings.remove or ()))
-    lineage = lineage_after(decoder.depth, merges, removed, dropping=dropping)
+        settings = dataclasses.replace(settings, similarity_threshold=choice.threshold)
+    lineage = lineage_after(decoder.depth, choice.merges, choice.removed, dropping=choice.merge_rule == DROP)
     before = count_parameters(model)
     lost = set(range(decoder.depth)) - {layer[0] for layer in lineage}
     after = before - sum(p.numel() for index in lost for p in decoder.stack[index].parameters())
@@ -117,15 +117,34 @@ def make_plan(
         source_depth=decoder.depth,
         depth=len(lineage),
         settings=dataclasses.asdict(settings),
-        merge_rule=settings.merge_rule,
+        merge_rule=choice.merge_rule,
         merge_norms=settings.merge_norms,
-        merges=merges,
+        merges=choice.merges,
         removed=dropped_by(decoder.depth, lineage),
-        candidates=tuple(candidates),
+        candidates=choice.candidates,
         lineage=lineage,
         parameters=Parameters(before, after, 1 - after / before),
         calibration=calibration,
     )
+
+
+def target_depth(decoder: Decoder, settings: CollapseSettings) -> int | None:
+    """Layers that may remain at most, or None without a target.
+
+    Raises:
+        InputError: the ratio asks for less than half a layer, or for more than all layers but one.
+    """
+    if settings.target_ratio is None:
+        return settings.target_depth
+    layer = sum(p.numel() for p in decoder.stack.parameters()) / decoder.depth
+    layers = round(settings.target_ratio * count_parameters(decoder.model) / layer)
+    if not 1 <= layers < decoder.depth:
+        raise InputError(
+            "collapse.target_ratio",
+            f"{settings.target_ratio} of all parameters is {layers} layers of {decoder.depth}, "
+            f"each {100 * layer / count_parameters(decoder.model):.1f}%",
+        )
+    return decoder.depth - layers
 
 
 @torch.no_grad()

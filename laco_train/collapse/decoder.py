@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from laco_train.collapse.families import Family, family_of, submodule
+from laco_train.collapse.rebuild import cut_config, refuse_unfaithful
 from laco_train.errors import InputError
 
 
@@ -54,6 +55,7 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
         raise InputError(
             "model.source", f"its config says {model.config.num_hidden_layers} layers, but the model has {len(stack)}"
         )
+    refuse_unfaithful(model, family, stack)
     norm = submodule(model, family.norm) if family.norm is not None else None
     return Decoder(model, family, stack, norm)
 
@@ -73,14 +75,5 @@ def keep_layers(decoder: Decoder, kept: Sequence[int]) -> Decoder:
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = index  # type: ignore[assignment]
-    config = model.config
-    for name in family.per_layer:
-        values = getattr(config, name, None)
-        if values is not None:
-            setattr(config, name, [values[index] for index in kept])
-    for name in family.layer_indices:
-        values = getattr(config, name, None)
-        if values:
-            setattr(config, name, [new for new, old in enumerate(kept) if old in set(values)])
-    config.num_hidden_layers = len(stack)
+    cut_config(model.config, family, kept)
     return Decoder(model, family, stack, decoder.norm)

@@ -3,7 +3,9 @@
 A new family is one row. A family without a row works if it has one obvious uniform stack; a doubtful one is refused.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -21,7 +23,8 @@ class Family:
         stack: path of the ModuleList of decoder layers, from the causal LM.
         norm: path of the norm after the last layer, from the causal LM; None if there is none.
         per_layer: config lists with one entry a layer, cut with the stack.
-        layer_indices: config lists that hold layer numbers, renumbered with the stack.
+        dense_layers: (config list of layers without experts, config entry n that gives experts to every n-th layer); the
+            second is written into the first, as "every n-th" is wrong once a layer is gone.
         experts: its layers hold unaligned experts, so that they can be dropped but not summed.
         note: what a user should know.
     """
@@ -31,19 +34,26 @@ class Family:
     stack: str = "model.layers"
     norm: str | None = "model.norm"
     per_layer: tuple[str, ...] = ()
-    layer_indices: tuple[str, ...] = ()
+    dense_layers: tuple[str, str] | None = None
     experts: bool = False
     note: str = ""
 
 
 _TYPES = ("layer_types",)
+_REMOTE = "needs `model.trust_remote_code: true`; tested with a stand-in of the same module names"
 FAMILIES: tuple[Family, ...] = (
     Family("Llama", "llama"),
     Family("Mistral", "mistral", per_layer=_TYPES),
     Family("Mixtral", "mixtral", experts=True),
     Family("Qwen2", "qwen2", per_layer=_TYPES),
     Family("Qwen3", "qwen3", per_layer=_TYPES),
-    Family("Qwen3-MoE", "qwen3_moe", per_layer=_TYPES, layer_indices=("mlp_only_layers",), experts=True),
+    Family(
+        "Qwen3-MoE",
+        "qwen3_moe",
+        per_layer=_TYPES,
+        dense_layers=("mlp_only_layers", "decoder_sparse_step"),
+        experts=True,
+    ),
     Family("Gemma2", "gemma2", per_layer=_TYPES, note="alternates sliding and full attention"),
     Family("Gemma3 (text)", "gemma3_text", per_layer=_TYPES, note="five sliding layers, then a full one"),
     Family("Phi-3", "phi3"),
@@ -55,14 +65,25 @@ FAMILIES: tuple[Family, ...] = (
     Family("GPT-NeoX", "gpt_neox", stack="gpt_neox.layers", norm="gpt_neox.final_layer_norm"),
     Family("OPT", "opt", stack="model.decoder.layers", norm="model.decoder.final_layer_norm"),
     Family("Falcon", "falcon", stack="transformer.h", norm="transformer.ln_f"),
-    Family("Baichuan2", "baichuan", note="remote code; tested with a stand-in of the same shape"),
-    Family("InternLM2", "internlm2", note="remote code; tested with a stand-in of the same shape"),
+    Family("Baichuan2", "baichuan", note=_REMOTE),
+    Family("InternLM2", "internlm2", note=_REMOTE),
 )
 
 # Names that Transformers gives to lists with one entry a layer; an unlisted family is cut by these.
 _KNOWN_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-# A layer of these kinds carries state along the sequence, or takes keys from another layer.
-_HYBRID_WORDS = ("mamba", "linear", "recurrent", "conv", "ssm", "hybrid")
+# A layer of these types, or with modules of these classes, carries state along the sequence.
+_STATEFUL_TYPES = ("mamba", "linear", "recurrent", "conv", "ssm", "hybrid")
+_STATEFUL_CLASSES = ("mamba", "rwkv", "recurrent", "deltanet", "shortconv", "lightning", "lstm")
+
+
+def families_table() -> str:
+    """The table of families in Markdown, as the README shows it."""
+    lines = ["| family | `model_type` | layers at | merge rules | config lists cut with the layers | note |", "|" + "---|" * 6]
+    for f in FAMILIES:
+        rules = "drop" if f.experts else "rdsc, last, mean, drop"
+        lists = ", ".join(f"`{name}`" for name in f.per_layer + (f.dense_layers or ())[:1])
+        lines.append(f"| {f.name} | `{f.model_type}` | `{f.stack}` | {rules} | {lists} | {f.note} |")
+    return "\n".join(lines)
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module | None:
@@ -74,57 +95,101 @@ def submodule(model: nn.Module, path: str) -> nn.Module | None:
     return model
 
 
-def family_of(model: PreTrainedModel) -> Family:
-    """The row for `model`, or one made by discovery; InputError for a model that can't be collapsed safely."""
-    config = model.config.get_text_config(decoder=True)
-    refuse_unsupported(model.config, config)
-    for family in FAMILIES:
-        if family.model_type == config.model_type:
-            return family
-    return _discover(model, config)
+def depth_of(config: PretrainedConfig) -> int:
+    """Number of decoder layers that `config` asks for.
 
-
-def refuse_unsupported(config: PretrainedConfig, text: PretrainedConfig) -> None:
-    """InputError for kinds of model in which a layer is more than a map from hidden states to hidden states."""
+    Raises:
+        InputError: a kind of model in which a layer is more than a map from hidden states to hidden states; the line
+            says why and what to do.
+    """
     kind = config.model_type
+    text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError("model.source", f"{kind} is an encoder-decoder model; use a decoder-only causal LM")
     if getattr(config, "quantization_config", None) is not None:
         raise InputError("model.source", f"this {kind} is quantised and its weights can't be summed; use the original")
     if text is not config:
-        raise InputError("model.source", f"{kind} wraps a text model; save the text model alone and use that")
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise InputError("model.source", f"layers of {kind} share keys and values, so none can be removed alone")
-    types = {str(t) for t in getattr(text, "layer_types", None) or ()}
-    hybrid = sorted(t for t in types if any(word in t for word in _HYBRID_WORDS))
-    if hybrid:
-        raise InputError("model.source", f"{kind} is a hybrid ({', '.join(hybrid)} layers); use a pure attention model")
-
-
-def _discover(model: PreTrainedModel, config: PretrainedConfig) -> Family:
-    depth = config.num_hidden_layers
-    kind = config.model_type
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    uniform = [(n, m) for n, m in lists if len({type(layer) for layer in m}) == 1 and any(True for _ in m.parameters())]
-    outer = [n for n, _ in uniform if not any(n.startswith(f"{other}.") for other, _ in uniform if other != n)]
-    if len(outer) != 1:
         raise InputError(
             "model.source",
-            f"{kind} has {len(outer)} stacks that could be its {depth} decoder layers; it needs a family row",
+            f"{kind} wraps a text model ({text.model_type}) with parts that read more than text; load the text model "
+            "alone, write it with save_pretrained beside its tokenizer, and name that folder",
         )
-    parent_path = outer[0].rpartition(".")[0]
-    parent = model.get_submodule(parent_path)
-    norms = [n for n, child in parent.named_children() if "norm" in type(child).__name__.lower()]
-    final = [n for n in norms if "emb" not in n]
-    if len(final) != 1:
-        raise InputError("model.source", f"{kind} has no single norm beside its decoder layers; it needs a family row")
-    stack = model.get_submodule(outer[0])
+    if getattr(config, "num_kv_shared_layers", None):
+        raise InputError(
+            "model.source",
+            f"layers of this {kind} take keys and values from others, so none can be removed alone; "
+            "use a model whose layers share nothing",
+        )
+    types = {str(t) for t in getattr(config, "layer_types", None) or ()}
+    _refuse_hybrid(kind, (t for t in types if any(word in t for word in _STATEFUL_TYPES)))
+    return config.num_hidden_layers
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The row for `model`, or one made by discovery; InputError for a model that can't be collapsed safely."""
+    depth = depth_of(model.config)
+    for family in FAMILIES:
+        if family.model_type == model.config.model_type:
+            return family
+    return _discover(model, depth)
+
+
+def _refuse_hybrid(kind: str, found: Iterable[str]) -> None:
+    names = ", ".join(sorted(found))
+    if names:
+        raise InputError(
+            "model.source", f"{kind} is a hybrid or recurrent model ({names}); use one whose layers all are attention"
+        )
+
+
+def _discover(model: PreTrainedModel, depth: int) -> Family:
+    kind = model.config.model_type
+    path = _only_stack(model, depth)
+    stack = model.get_submodule(path)
+    classes = {type(module).__name__ for module in stack.modules()}
+    _refuse_hybrid(kind, (name for name in classes if any(word in name.lower() for word in _STATEFUL_CLASSES)))
+    lists = [name for name, value in model.config.to_dict().items() if _is_list_of(value, depth)]
+    unknown = [name for name in lists if name not in _KNOWN_PER_LAYER]
+    if unknown:
+        raise _needs_row(f"the config's {unknown[0]} may or may not follow its {depth} layers")
+    holds_experts = any(word in name.lower() for name in classes for word in ("expert", "moe"))
     return Family(
         name=kind,
         model_type=kind,
-        stack=outer[0],
-        norm=f"{parent_path}.{final[0]}" if parent_path else final[0],
-        per_layer=tuple(name for name in _KNOWN_PER_LAYER if getattr(config, name, None) is not None),
-        experts=any("expert" in name for name, _ in stack.named_modules()),
+        stack=path,
+        norm=_only_norm(model, path),
+        per_layer=tuple(lists),
+        experts=holds_experts,
         note="found by discovery",
     )
+
+
+def _is_list_of(value: Any, length: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == length
+
+
+def _needs_row(problem: str) -> InputError:
+    return InputError("model.source", f"{problem}; use a family that the README lists, or add a row to families.py")
+
+
+def _only_stack(model: PreTrainedModel, depth: int) -> str:
+    """Path of the one outermost ModuleList of `depth` layers of one class."""
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and len({type(layer) for layer in module}) == 1
+    ]
+    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    if len(outer) != 1:
+        raise _needs_row(f"{model.config.model_type} has {len(outer)} stacks that could be its {depth} decoder layers")
+    return outer[0]
+
+
+def _only_norm(model: PreTrainedModel, stack: str) -> str:
+    """Path of the one norm beside the stack; norms of embeddings aside."""
+    parent = stack.rpartition(".")[0]
+    children = model.get_submodule(parent).named_children()
+    norms = [name for name, child in children if "norm" in type(child).__name__.lower() and "emb" not in name]
+    if len(norms) != 1:
+        raise _needs_row(f"{model.config.model_type} has {len(norms)} norms beside its decoder layers, not one")
+    return f"{parent}.{norms[0]}".lstrip(".")

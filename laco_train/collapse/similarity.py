@@ -4,7 +4,7 @@ Shapes: S samples, T padded tokens, D hidden size.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,11 +59,13 @@ class OriginalStates:
         entering: for each layer, the (S, T, D) hidden states that enter it.
         calls: for each layer, how the model calls it.
         final: (S, T, D), after the final norm.
+        tuple_outputs: whether a layer returns its hidden states in a tuple.
     """
 
     entering: list[Tensor]
     calls: list[LayerCall]
     final: Tensor
+    tuple_outputs: bool
 
 
 def read_calibration(calibration: str | Sequence[str]) -> list[str]:
@@ -137,20 +139,59 @@ def original_states(decoder: Decoder, batch: CalibrationBatch) -> OriginalStates
     final = output[0]
     if len(calls) != decoder.depth:
         raise InputError("model.source", f"{model.config.model_type} did not call each of its layers once")
-    walked = run_layers(decoder, entering[-1], [decoder.stack[-1]], calls[-1:])
+    last = decoder.stack[-1](entering[-1], *calls[-1].args, **calls[-1].kwargs)
+    hidden = hidden_of(last)
+    walked = hidden if decoder.norm is None else decoder.norm(hidden)
     if not torch.equal(walked[batch.mask.bool()], final[batch.mask.bool()]):
         worst = (walked - final).abs().max().item()
         if not worst <= 1e-2 * final.abs().max().item():
             kind = model.config.model_type
             raise InputError("model.source", f"{kind} does more after its last layer than a norm (off by {worst:.1e})")
-    return OriginalStates(entering, calls, final)
+    return OriginalStates(entering, calls, final, tuple_outputs=isinstance(last, tuple))
 
 
-def run_layers(decoder: Decoder, hidden: Tensor, layers: Sequence[nn.Module], calls: Sequence[LayerCall]) -> Tensor:
-    """Run `hidden` (S, T, D) through `layers` and the final norm."""
-    for layer, call in zip(layers, calls, strict=True):
-        hidden = hidden_of(layer(hidden, *call.args, **call.kwargs))
-    return hidden if decoder.norm is None else decoder.norm(hidden)
+class _Recorded(Exception):
+    """Ends a forward pass once every layer's call is known."""
+
+
+@torch.no_grad()
+def recorded_calls(decoder: Decoder, batch: CalibrationBatch, copies: int, *, tuple_outputs: bool) -> list[LayerCall]:
+    """How the model calls each layer for `copies` of the batch, one after the other, without running the layers.
+
+    The model itself makes masks and positions, so nothing is assumed about which of them have a batch dimension.
+    """
+    device = next(decoder.model.parameters()).device
+    calls: list[LayerCall] = []
+    own = [layer.__dict__.get("forward") for layer in decoder.stack]
+
+    def passing(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            rest = dict(kwargs)
+            hidden = args[0] if args else rest.pop("hidden_states")
+            calls.append(LayerCall(args[1:], rest))
+            if len(calls) == decoder.depth:
+                raise _Recorded
+            return (hidden,) if tuple_outputs else hidden
+
+        return forward
+
+    for index, layer in enumerate(decoder.stack):
+        layer.forward = passing(index)
+    try:
+        decoder.model.base_model(
+            input_ids=batch.input_ids.repeat(copies, 1).to(device),
+            attention_mask=batch.mask.repeat(copies, 1).to(device),
+            use_cache=False,
+        )
+    except _Recorded:
+        pass
+    finally:
+        for layer, forward in zip(decoder.stack, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+    return calls
 
 
 def mean_cosine(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
