@@ -78,7 +78,10 @@ _STATEFUL_CLASSES = ("mamba", "rwkv", "recurrent", "deltanet", "shortconv", "lig
 
 def families_table() -> str:
     """The table of families in Markdown, as the README shows it."""
-    lines = ["| family | `model_type` | layers at | merge rules | config lists cut with the layers | note |", "|" + "---|" * 6]
+    lines = [
+        "| family | `model_type` | layers at | merge rules | config lists cut with the layers | note |",
+        "|" + "---|" * 6,
+    ]
     for f in FAMILIES:
         rules = "drop" if f.experts else "rdsc, last, mean, drop"
         lists = ", ".join(f"`{name}`" for name in f.per_layer + (f.dense_layers or ())[:1])
@@ -111,8 +114,8 @@ def depth_of(config: PretrainedConfig) -> int:
     if text is not config:
         raise InputError(
             "model.source",
-            f"{kind} wraps a text model ({text.model_type}) with parts that read more than text; load the text model "
-            "alone, write it with save_pretrained beside its tokenizer, and name that folder",
+            f"{kind} wraps a text model ({text.model_type}); put its language_model and lm_head into "
+            "AutoModelForCausalLM.from_config(config.text_config), save that with the tokenizer, and name that folder",
         )
     if getattr(config, "num_kv_shared_layers", None):
         raise InputError(

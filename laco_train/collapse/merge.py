@@ -4,6 +4,7 @@ A rule gets layer l's tensor and those of the m layers after it, and returns the
 float32 and each merge is rounded once to the model's dtype. A new rule is one function and one line in RULES.
 """
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -53,8 +54,19 @@ def merged_names(layer: nn.Module, merge_norms: bool) -> list[str]:
     return [name for name in names if merge_norms or not is_norm(owners[name.rpartition(".")[0]])]
 
 
+def _fusible(base: Tensor, rest: Sequence[Tensor]) -> bool:
+    has_triton = base.is_cuda and importlib.util.find_spec("triton") is not None
+    return has_triton and len(rest) <= 7 and all(t.is_contiguous() for t in (base, *rest))
+
+
 def merge_tensors(rule: str, base: Tensor, rest: Sequence[Tensor]) -> Tensor:
-    """Merge tensors of one shape by `rule`, rounding once to the dtype of `base`; chunked, so memory stays small."""
+    """Merge tensors of one shape by `rule`, rounding once to the dtype of `base`, in little memory beside the result."""
+    if rule == "last":
+        return rest[-1].detach().clone()
+    if _fusible(base, rest):
+        from laco_train.collapse.merge_kernel import fused_sum  # needs Triton, which only GPU machines have
+
+        return fused_sum(rule, base, rest)
     merged = torch.empty_like(base, memory_format=torch.contiguous_format)
     flat, parts = merged.view(-1), [t.detach().reshape(-1) for t in (base, *rest)]
     for start in range(0, flat.numel(), _CHUNK):

