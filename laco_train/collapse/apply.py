@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from laco_train.collapse.decoder import Decoder, decoder_of, keep_layers
+from laco_train.collapse.decoder import Decoder, collapsible, keep_layers
 from laco_train.collapse.merge import DROP, is_norm, merge_weights, merged_names
 from laco_train.collapse.plan import Calibration, Candidate, CollapsePlan, Parameters, dropped_by, lineage_after
 from laco_train.collapse.similarity import calibration_batch, read_calibration
@@ -92,7 +92,7 @@ def make_plan(
     on_candidate: Callable[[Candidate], None] | None = None,
 ) -> CollapsePlan:
     """Choose layers of `model` by `settings`, leaving it as it is; see `collapse_model`."""
-    decoder = decoder_of(model)
+    decoder = collapsible(model)
     check_collapse(settings, decoder.depth)
     calibration = None
     if settings.remove is not None:
@@ -154,7 +154,7 @@ def apply_plan(model: PreTrainedModel, plan: CollapsePlan) -> PreTrainedModel:
     Raises:
         InputError: the plan belongs to another model (depth or fingerprint).
     """
-    decoder = decoder_of(model)
+    decoder = collapsible(model)
     refuse_other_model(decoder, plan)
     weights: list[dict[str, Tensor]] = [dict(layer.named_parameters()) for layer in decoder.stack]
     standing = list(range(decoder.depth))

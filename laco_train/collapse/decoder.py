@@ -55,9 +55,15 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
         raise InputError(
             "model.source", f"its config says {model.config.num_hidden_layers} layers, but the model has {len(stack)}"
         )
-    refuse_unfaithful(model, family, stack)
     norm = submodule(model, family.norm) if family.norm is not None else None
     return Decoder(model, family, stack, norm)
+
+
+def collapsible(model: PreTrainedModel) -> Decoder:
+    """The decoder of `model` as it was loaded, without adapters; InputError if it can't do with fewer layers."""
+    decoder = decoder_of(model)
+    refuse_unfaithful(model, decoder.family, decoder.stack)
+    return decoder
 
 
 def keep_layers(decoder: Decoder, kept: Sequence[int]) -> Decoder:

@@ -60,7 +60,7 @@ def _fusible(base: Tensor, rest: Sequence[Tensor]) -> bool:
 
 
 def merge_tensors(rule: str, base: Tensor, rest: Sequence[Tensor]) -> Tensor:
-    """Merge tensors of one shape by `rule`, rounding once to the dtype of `base`, in little memory beside the result."""
+    """Merge tensors of one shape by `rule`, rounding once to the dtype of `base`; little memory beside the result."""
     if rule == "last":
         return rest[-1].detach().clone()
     if _fusible(base, rest):

@@ -16,7 +16,7 @@ _BLOCK = 4096
 
 
 @triton.jit
-def _sum_kernel(
+def _sum_kernel(  # type: ignore[no-untyped-def]  # Triton reads the annotations
     out, base, o1, o2, o3, o4, o5, o6, o7, size, others: tl.constexpr, rdsc: tl.constexpr, block: tl.constexpr
 ):
     offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)

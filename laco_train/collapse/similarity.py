@@ -194,6 +194,20 @@ def recorded_calls(decoder: Decoder, batch: CalibrationBatch, copies: int, *, tu
     return calls
 
 
+def fewer_copies(one: LayerCall, many: LayerCall, copies: int) -> LayerCall:
+    """The call for `copies` of the batch, cut from that for `many`: what grows with the number of copies is cut."""
+
+    def cut(single: Any, multiple: Any) -> Any:
+        if isinstance(single, Tensor) and single.shape[:1] != multiple.shape[:1]:
+            return multiple[: copies * single.shape[0]]
+        if isinstance(single, tuple):
+            return tuple(cut(a, b) for a, b in zip(single, multiple, strict=True))
+        return multiple
+
+    args = tuple(cut(a, b) for a, b in zip(one.args, many.args, strict=True))
+    return LayerCall(args, {name: cut(value, many.kwargs[name]) for name, value in one.kwargs.items()})
+
+
 def mean_cosine(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     """Cosine of each sample's flattened hidden states, padding left out, averaged over samples (published code).
 

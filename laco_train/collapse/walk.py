@@ -16,6 +16,7 @@ from laco_train.collapse.similarity import (
     CalibrationBatch,
     LayerCall,
     OriginalStates,
+    fewer_copies,
     hidden_of,
     mean_cosine,
     original_states,
@@ -24,7 +25,7 @@ from laco_train.collapse.similarity import (
 from laco_train.settings import CollapseSettings
 
 # Tokens that go through a layer at once on a GPU: enough to keep it busy, few enough to keep activations small.
-_TOKENS_AT_ONCE = 2048
+_TOKENS_AT_ONCE = 4096
 # Tokens of all trials that are under way: their hidden states stay on the device until they end.
 _TOKENS_AHEAD = 16384
 
@@ -47,6 +48,8 @@ class Slot:
 
     def run(self, hidden: Tensor, call: LayerCall) -> Tensor:
         """Map (S, T, D) hidden states through the layer."""
+        if not self.merged:
+            return hidden_of(self.layer(hidden, *call.args, **call.kwargs))
         return hidden_of(functional_call(self.layer, dict(self.merged), (hidden, *call.args), call.kwargs))
 
     def weights(self) -> dict[str, Tensor]:
@@ -110,9 +113,13 @@ class Walk:
     def calls(self, copies: int) -> list[LayerCall]:
         """How the model calls each original layer for `copies` of the calibration batch, one after the other."""
         if copies not in self._calls:
-            self._calls[copies] = recorded_calls(
-                self.decoder, self.batch, copies, tuple_outputs=self.original.tuple_outputs
-            )
+            most = self.trials_at_once
+            if most not in self._calls:
+                tuples = self.original.tuple_outputs
+                self._calls[most] = recorded_calls(self.decoder, self.batch, most, tuple_outputs=tuples)
+            self._calls[copies] = [
+                fewer_copies(one, many, copies) for one, many in zip(self._calls[1], self._calls[most], strict=True)
+            ]
         return self._calls[copies]
 
     def refusal(self, trial: Trial) -> str | None:
@@ -148,8 +155,8 @@ class Walk:
             self.entering.append(slot.run(self.entering[-1], self.original.calls[slot.origin]))
 
     @torch.no_grad()
-    def final_states(self, trials: Sequence[Trial]) -> Tensor:
-        """Final states (N * S, T, D), after the final norm, of the models that each of `trials` would make.
+    def last_states(self, trials: Sequence[Trial]) -> list[Tensor]:
+        """States (S, T, D) that leave the last layer, before the final norm, of the models that `trials` would make.
 
         Trials are ordered by where their windows end, the first to end first.
         """
@@ -159,13 +166,19 @@ class Walk:
         live: list[Tensor] = []
         for index in range(ends[0], len(self.slots) + 1):
             while waiting and waiting[0][0] == index:
-                trial = waiting.pop(0)[1]
-                slot = self.merged(trial)
-                live.append(slot.run(self.entering[trial.at], self.original.calls[slot.origin]))
+                live.append(self._first_step(waiting.pop(0)[1]))
             if index < len(self.slots):
                 live = self._through(self.slots[index], live)
-        final = torch.cat(live)
-        return final if self.decoder.norm is None else self.decoder.norm(final)
+        return live
+
+    def _first_step(self, trial: Trial) -> Tensor:
+        # a function of its own, so that one merged layer is gone before the next is made
+        slot = self.merged(trial)
+        return slot.run(self.entering[trial.at], self.original.calls[slot.origin])
+
+    def _similarity(self, hidden: Tensor) -> Tensor:
+        final = hidden if self.decoder.norm is None else self.decoder.norm(hidden)
+        return mean_cosine(final, self.original.final, self.mask)
 
     def _through(self, slot: Slot, live: list[Tensor]) -> list[Tensor]:
         size, samples = self.trials_at_once, self.batch.samples
@@ -185,7 +198,7 @@ class Walk:
         fresh = [trial for trial in trials if (standing, trial) not in self._known]
         fresh.sort(key=lambda trial: trial.at + trial.absorbed)
         if fresh:
-            finals = self.final_states(fresh).split(self.batch.samples)
-            values = torch.stack([mean_cosine(final, self.original.final, self.mask) for final in finals]).tolist()
+            with torch.no_grad():
+                values = torch.stack([self._similarity(hidden) for hidden in self.last_states(fresh)]).tolist()
             self._known.update({(standing, trial): value for trial, value in zip(fresh, values, strict=True)})
         return [self._known[standing, trial] for trial in trials]

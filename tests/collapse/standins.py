@@ -24,8 +24,8 @@ class StandInConfig(PretrainedConfig):
         self.num_key_value_heads = kwargs.pop("num_key_value_heads", num_attention_heads)
         self.max_position_embeddings = kwargs.pop("max_position_embeddings", 256)
         self.rms_norm_eps = 1e-6
-        self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         super().__init__(**kwargs)
+        self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 class BaichuanConfig(StandInConfig):
@@ -43,7 +43,8 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rotary: A
         k, v = cache.update(k, v, module.layer_idx)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    causal = mask is None and q.shape[2] > 1
+    return nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 class BaichuanAttention(nn.Module):
@@ -122,6 +123,7 @@ class InternLM2DecoderLayer(nn.Module):
 
 
 class StandInModel(PreTrainedModel):
+    _supports_sdpa = True
     embeddings: str
     layer: type[nn.Module]
 

@@ -104,8 +104,7 @@ def assert_sound(model: PreTrainedModel, folder: Path, depth: int) -> None:
     assert_numbered(decoder_of(reloaded))
     for name in decoder.family.per_layer:
         assert getattr(reloaded.config, name, None) == getattr(model.config, name, None)
-    assert_cache_is_exact(model)
-    assert_cache_is_exact(reloaded)
+    assert_cache_is_exact(model, reloaded)
 
 
 def assert_numbered(decoder: Decoder) -> None:
@@ -125,7 +124,7 @@ def assert_tied(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def assert_cache_is_exact(model: PreTrainedModel) -> None:
+def assert_cache_is_exact(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
     """Logits token by token are those of the whole at once, and greedy generation is the same text."""
     whole = logits(model)
     cache = None
@@ -133,7 +132,7 @@ def assert_cache_is_exact(model: PreTrainedModel) -> None:
         step = model(input_ids=ids()[:, position : position + 1], past_key_values=cache, use_cache=True)
         cache = step.past_key_values
         torch.testing.assert_close(step.logits[:, 0], whole[:, position], atol=1e-5, rtol=1e-5)
-    texts = [model.generate(ids(12), max_new_tokens=10, do_sample=False, use_cache=use) for use in (True, False)]
+    texts = [reloaded.generate(ids(12), max_new_tokens=10, do_sample=False, use_cache=use) for use in (True, False)]
     assert torch.equal(*texts)
 
 
