@@ -44,13 +44,21 @@ class Curves(Callback):
             self._log_start(trainer)
 
     def _log_start(self, trainer: Trainer) -> None:
-        original, collapsed = self.collapse.losses["original"], self.collapse.losses["collapsed"]
+        collapsed = self.collapse.losses["collapsed"]
         self.validation.append((0, 0, collapsed))
-        values = {"val/loss_original": original, "val/loss": collapsed}
+        values = {"val/loss": collapsed}
         values["val/perplexity"] = float(torch.tensor(collapsed).exp())
         if trainer.logger is not None:
             trainer.logger.log_metrics(values, step=0)
         self._by_tokens(trainer, values)
+        self._draw_original(trainer)
+
+    def _draw_original(self, trainer: Trainer) -> None:
+        # again at each validation: a single point would be no line to compare with
+        if "original" in self.collapse.losses and trainer.logger is not None:
+            values = {"val/loss_original": self.collapse.losses["original"]}
+            trainer.logger.log_metrics(values, step=trainer.global_step)
+            self._by_tokens(trainer, values)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -63,7 +71,8 @@ class Curves(Callback):
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not stepped or not logs_after(trainer, trainer.global_step):
             return
-        values = {"train/loss": float(outputs["loss"])}
+        # Lightning has divided the loss by the number of accumulated batches
+        values = {"train/loss": float(outputs["loss"]) * trainer.accumulate_grad_batches}
         began, tokens = self._since
         if self.tokens > tokens:
             seconds = time.perf_counter() - began
@@ -92,6 +101,7 @@ class Curves(Callback):
         values = {name: float(trainer.callback_metrics[name]) for name in ("val/loss", "val/perplexity")}
         self.validation.append((trainer.global_step, self.tokens, values["val/loss"]))
         self._by_tokens(trainer, values)
+        self._draw_original(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the curve where training ended, if the last validation was earlier."""
@@ -105,6 +115,7 @@ class Curves(Callback):
         if trainer.logger is not None:
             trainer.logger.log_metrics(values, step=trainer.global_step)
         self._by_tokens(trainer, values)
+        self._draw_original(trainer)
 
     def _by_tokens(self, trainer: Trainer, values: dict[str, float]) -> None:
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:

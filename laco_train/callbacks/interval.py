@@ -4,5 +4,6 @@ from lightning.pytorch import Trainer
 
 
 def logs_after(trainer: Trainer, steps: int) -> bool:
-    """Whether Lightning logs once `steps` optimizer steps are done."""
-    return steps % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set by the logger connector
+    """Whether Lightning logs once `steps` optimizer steps are done; an interval of 0 is never."""
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector
+    return interval > 0 and steps % interval == 0

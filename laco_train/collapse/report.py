@@ -41,16 +41,16 @@ def similarity_figure(plan: CollapsePlan) -> "Figure":
     """Similarity of every merge tried, by the layer it would merge into, with the threshold."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     tried = [(c.layer, c.similarity, c.accepted) for c in plan.candidates if c.similarity is not None]
-    for accepted, color, marker, label in ((True, "#1a7f37", "o", "accepted"), (False, "#9a9a9a", "x", "rejected")):
+    for accepted, color, marker, label in ((True, "#1a7f37", "o", "accepted"), (False, "#6e7781", "x", "rejected")):
         points = [(layer, similarity) for layer, similarity, kept in tried if kept is accepted]
         if points:
             axes.scatter(*zip(*points, strict=True), color=color, marker=marker, label=label, zorder=3)
     threshold = plan.settings["similarity_threshold"]
     axes.axhline(threshold, color="#b35900", linewidth=1, linestyle="--", label=f"threshold T = {threshold}")
-    axes.set_xlabel("layer that takes in the ones after it (from 0, in the model as it then stood)")
+    axes.set_xlabel("layer that takes in those after it, counted from 0")
     axes.set_ylabel("cosine of final hidden states")
     axes.set_title(f"Layer Collapse: {plan.source_depth} to {plan.depth} layers, rule {plan.merge_rule}")
     axes.grid(alpha=0.3)
