@@ -9,6 +9,7 @@ from typing import Literal
 from laco_train.errors import InputError
 
 MergeRule = Literal["rdsc", "last", "mean", "drop"]
+Strategy = Literal["laco", "greedy", "shortgpt", "angular", "sleb", "tail", "streamline", "none"]
 Method = Literal["full", "lora"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -77,6 +78,10 @@ class ModelSettings:
 class CollapseSettings:
     """Layer Collapse, Algorithm 1 of arXiv 2402.11187; layers count from 1 here, as in the paper."""
 
+    strategy: Strategy = "laco"
+    """laco: the paper; greedy: best window each step; none; or a rival: shortgpt, angular, sleb, tail, streamline."""
+    criterion: Literal["similarity", "loss"] = "similarity"
+    """What greedy ranks windows by: similarity of final states, or next-token loss on the calibration text."""
     layers_per_merge: int = 4
     """C: layers that become one in a merge (layer l and the C - 1 after it); 2 to the depth."""
     lowest_layer: int = 1
@@ -99,6 +104,8 @@ class CollapseSettings:
     """rdsc: the paper's formula; last: what the published code computes; mean; drop: remove without merging."""
     mixed_types: Literal["skip", "first"] = "skip"
     """A window over unlike layers (sliding and full attention, RoPE and none): skip it, or give it layer l's type."""
+    placement: Literal["auto", "device", "stream"] = "auto"
+    """Weights during the search: all on the device, or streamed from host memory; auto: streamed if they don't fit."""
     merge_norms: bool = False
     """Merge the norms too; false: norms stay those of layer l, as in the published code."""
     plan: str | None = None
@@ -189,7 +196,7 @@ def check_collapse(s: CollapseSettings, depth: int | None = None) -> None:
             check_static("collapse.remove", len(s.remove) < depth, "would remove every layer; leave at least one")
     if high is None:
         high = depth
-    if high is not None and s.plan is None and s.remove is None:
+    if high is not None and s.plan is None and s.remove is None and s.strategy in ("laco", "greedy"):
         if depth is not None:
             check_static("collapse.layers_per_merge", c <= depth, f"C is {c}, more than the model's {depth} layers")
             check_static("collapse.highest_layer", high <= depth, f"H is {high}, more than the model's {depth} layers")
@@ -204,6 +211,7 @@ def check_collapse(s: CollapseSettings, depth: int | None = None) -> None:
 def check_target(s: CollapseSettings, depth: int | None) -> None:
     """Refuse a target that contradicts other settings, or that no model of `depth` layers can meet."""
     target, ratio = s.target_depth, s.target_ratio
+    check_strategy(s)
     if target is None and ratio is None:
         check_static("collapse.exact", not s.exact, "needs collapse.target_depth or collapse.target_ratio")
         return
@@ -218,10 +226,34 @@ def check_target(s: CollapseSettings, depth: int | None) -> None:
         check_static(key, target < depth, f"is {target}, but the model has only {depth} layers; ask for fewer")
 
 
-def check_data(s: DataSettings) -> None:
-    """Refuse data settings that no text could satisfy."""
+def check_strategy(s: CollapseSettings) -> None:
+    """Refuse a strategy that other settings contradict or leave without an end."""
+    key, targeted = "collapse.strategy", s.target_depth is not None or s.target_ratio is not None
+    if s.strategy != "laco":
+        check_static(key, s.plan is None, f"{s.strategy} goes not with collapse.plan; drop one")
+        check_static(key, s.remove is None, f"{s.strategy} goes not with collapse.remove; drop one")
+    if s.strategy == "none":
+        check_static(key, not targeted, "none keeps every layer, so no target can be met; drop one of the two")
+    elif s.strategy not in ("laco", "greedy"):
+        check_static(key, targeted, f"{s.strategy} needs collapse.target_depth or collapse.target_ratio")
+    check_static(
+        "collapse.criterion",
+        s.criterion == "similarity" or s.strategy == "greedy",
+        f"loss is for collapse.strategy: greedy, not {s.strategy}; drop it or set the strategy",
+    )
+    check_static(
+        "collapse.criterion",
+        s.criterion == "similarity" or targeted,
+        "loss has no threshold to end at; set collapse.target_depth or collapse.target_ratio",
+    )
+
+
+def check_data(s: DataSettings, positions: int | None = None) -> None:
+    """Refuse data settings that no text could satisfy, or a model of so many `positions` if they are known."""
     check_static("data.train", bool(s.train), "is empty; name a file or a data set")
     check_static("data.block_size", s.block_size >= 2, f"must be 2 or more, is {s.block_size}")
+    fits = positions is None or s.block_size <= positions
+    check_static("data.block_size", fits, f"is {s.block_size}, more than the model's {positions} positions; lower it")
     check_static("data.batch_size", s.batch_size >= 1, f"must be 1 or more, is {s.batch_size}")
     check_static("data.num_workers", s.num_workers >= 0, f"must be 0 or more, is {s.num_workers}")
     for name in ("max_tokens", "validation_max_tokens"):

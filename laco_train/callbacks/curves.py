@@ -1,5 +1,6 @@
 """What a reader of TensorBoard sees beside Lightning's own: the start of the curve, tokens as an axis, speed."""
 
+import math
 import time
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from laco_train.callbacks.divergence import not_finite
 from laco_train.callbacks.interval import logs_after
 from laco_train.callbacks.layer_collapse import LayerCollapse
 from laco_train.training.loss import Batch, mean_loss
@@ -110,6 +112,8 @@ class Curves(Callback):
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         context = trainer.precision_plugin.val_step_context
         loss = mean_loss(pl_module.lm, loader, pl_module.device, context).loss  # type: ignore[arg-type]
+        if not math.isfinite(loss):
+            raise not_finite(trainer, trainer.global_step)
         self.validation.append((trainer.global_step, self.tokens, loss))
         values = {"val/loss": loss, "val/perplexity": float(torch.tensor(loss).exp())}
         if trainer.logger is not None:

@@ -1,5 +1,6 @@
 """Stops a run whose loss is no longer a number."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,15 @@ from torch import Tensor
 from laco_train.callbacks.interval import logs_after
 from laco_train.errors import TrainingStopped
 from laco_train.training.loss import Batch
+
+
+def not_finite(trainer: Trainer, step: int) -> TrainingStopped:
+    """What to raise for a loss that was not finite once `step` optimizer steps were done."""
+    good = getattr(trainer.checkpoint_callback, "best_model_path", "") or "none was saved yet"
+    return TrainingStopped(
+        f"the loss was not finite at step {step}; last good checkpoint: {good}; "
+        "lower model.optimizer.learning_rate, set trainer.gradient_clip_val, or use trainer.precision bf16-mixed"
+    )
 
 
 class StopOnNonFiniteLoss(Callback):
@@ -36,6 +46,12 @@ class StopOnNonFiniteLoss(Callback):
         """Checkpoints follow validation."""
         self._stop_if_broken(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A finite training loss may be followed by a step that breaks the model."""
+        loss = trainer.callback_metrics.get("val/loss")
+        if trainer.state.fn == "fit" and loss is not None and not math.isfinite(loss):
+            raise not_finite(trainer, trainer.global_step)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never save a broken model."""
         self._stop_if_broken(trainer)
@@ -46,11 +62,5 @@ class StopOnNonFiniteLoss(Callback):
 
     def _stop_if_broken(self, trainer: Trainer) -> None:
         step = -1 if self._first is None else int(self._first)
-        if step < 0:
-            return
-        checkpoint = trainer.checkpoint_callback
-        good = getattr(checkpoint, "best_model_path", "") or "none was saved yet"
-        raise TrainingStopped(
-            f"the loss was not finite at step {step}; last good checkpoint: {good}; "
-            "lower model.optimizer.learning_rate, set trainer.gradient_clip_val, or use trainer.precision bf16-mixed"
-        )
+        if step >= 0:
+            raise not_finite(trainer, step)

@@ -1,12 +1,14 @@
 """Collapses the model before the optimizer exists, and measures what that cost."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from laco_train.collapse import CollapsePlan, apply_plan, collapse_model
+from laco_train.collapse import CollapsePlan, apply_plan, collapse_model, decoder_of, placement_for
 from laco_train.collapse.report import describe, similarity_figure
 from laco_train.models import load_tokenizer
 from laco_train.progress import bar, search_progress
@@ -19,44 +21,69 @@ class LayerCollapse(Callback):
     """Layer Collapse at the start of a run.
 
     It works in `setup`, where the optimizer does not exist yet; in `on_fit_start` it would already hold parameters of
-    layers that go. A resumed run gets its plan from the checkpoint and never searches again.
+    layers that go. A resumed run gets its plan from the checkpoint and never searches again. Nothing is written before
+    `on_fit_start`, so that input found bad until then leaves no trace.
 
     Args:
         settings: the recipe's collapse section.
+        recipe: the recipe's name, for the checkpoint.
         plan: the plan of the run being resumed.
         losses: losses measured when that run began, by name.
     """
 
     def __init__(
-        self, settings: CollapseSettings, plan: CollapsePlan | None = None, losses: dict[str, float] | None = None
+        self,
+        settings: CollapseSettings,
+        recipe: str = "",
+        plan: CollapsePlan | None = None,
+        losses: dict[str, float] | None = None,
     ):
         self.settings = settings
+        self.recipe = recipe
         self.plan = plan
         self.losses: dict[str, float] = dict(losses or {})
+        self._resumed = plan is not None
         self._done = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Load the model, collapse it, save the plan in the run's folder."""
+        """Load the model and collapse it."""
         if self._done:
             return
         assert isinstance(pl_module, CausalLM)
         pl_module.configure_model()
         model: Any = pl_module.lm
-        model.to(trainer.strategy.root_device)
-        resumed = self.plan is not None
+        device = trainer.strategy.root_device
         if self.plan is not None:
             apply_plan(model, self.plan)
         else:
-            if stage == "fit":
+            streamed = placement_for(decoder_of(model), self.settings, device) == "stream"
+            if stage == "fit" and streamed:
+                print("The original is larger than the device: its validation loss is not measured.", flush=True)
+            elif stage == "fit":
+                model.to(device)
                 self.losses["original"] = self._measure(trainer, pl_module, "original model").loss
-            self.plan = self._collapse(pl_module)
+            self.plan = self._collapse(pl_module, device)
             if stage == "fit":
+                model.to(device)
                 self.losses["collapsed"] = self._measure(trainer, pl_module, "collapsed model").loss
         self._done = True
-        if stage == "fit" and trainer.is_global_zero:
-            self._record(trainer, resumed)
 
-    def _collapse(self, pl_module: CausalLM) -> CollapsePlan:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the plan in the run's folder and show it in TensorBoard."""
+        assert self.plan is not None
+        log_dir = trainer.log_dir
+        if not trainer.is_global_zero:
+            return
+        if log_dir is not None:
+            self.plan.save(Path(log_dir) / "collapse_plan.json")
+        if self._resumed or not isinstance(trainer.logger, TensorBoardLogger):
+            return
+        writer = trainer.logger.experiment
+        writer.add_text("collapse/plan", "\n".join(f"    {line}" for line in describe(self.plan)), 0)
+        if self.plan.candidates:
+            writer.add_figure("collapse/similarity", similarity_figure(self.plan), 0)
+
+    def _collapse(self, pl_module: CausalLM, device: torch.device) -> CollapsePlan:
         s = pl_module.settings
         tokenizer = load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)
         with search_progress(self.settings.lowest_layer) as on_candidate:
@@ -65,6 +92,7 @@ class LayerCollapse(Callback):
                 tokenizer,
                 self.settings,
                 source=s.source,
+                device=device,
                 on_candidate=on_candidate,
             )
         for line in describe(plan):
@@ -80,17 +108,6 @@ class LayerCollapse(Callback):
         print(f"Validation loss of the {what}: {result.loss:.4f} nats per token ({result.tokens:,} tokens)", flush=True)
         return result
 
-    def _record(self, trainer: Trainer, resumed: bool) -> None:
-        assert self.plan is not None
-        if trainer.log_dir is not None:
-            self.plan.save(f"{trainer.log_dir}/collapse_plan.json")
-        if resumed or not isinstance(trainer.logger, TensorBoardLogger):
-            return
-        writer = trainer.logger.experiment
-        writer.add_text("collapse/plan", "\n".join(f"    {line}" for line in describe(self.plan)), 0)
-        if self.plan.candidates:
-            writer.add_figure("collapse/similarity", similarity_figure(self.plan), 0)
-
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the plan, so that a resume and an export need no search."""
         assert self.plan is not None
@@ -100,4 +117,6 @@ class LayerCollapse(Callback):
             "model": dataclasses.asdict(pl_module.settings),
             "dtype": str(pl_module.weights_dtype).removeprefix("torch."),
             "losses": dict(self.losses),
+            "recipe": self.recipe,
+            "data": trainer.datamodule.summary(),  # type: ignore[attr-defined]
         }

@@ -17,6 +17,7 @@ verbs:
   fit       collapse, train, export:       fit --recipe RECIPE [--SECTION.KEY VALUE ...]
   validate  validation loss:               validate --recipe RECIPE [--ckpt_path FILE]
   collapse  search and write, no training: collapse --recipe RECIPE --output DIR
+  analyze   compare layers, sweep:         analyze --recipe RECIPE --output DIR [--sweep true]
   export    a model from a checkpoint:     export --checkpoint FILE --output DIR
 
 RECIPE is a path, a name under ./recipes, or the name of a recipe that the package ships.
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _verbs() -> dict[str, Callable[[list[str]], None]]:
-    return {"fit": _fit, "validate": _validate, "collapse": _collapse, "export": _export}
+    return {"fit": _fit, "validate": _validate, "collapse": _collapse, "analyze": _analyze, "export": _export}
 
 
 def _fit(args: list[str]) -> None:
@@ -65,6 +66,12 @@ def _validate(args: list[str]) -> None:
 
 def _collapse(args: list[str]) -> None:
     from laco_train.cli.collapse import run
+
+    run(args)
+
+
+def _analyze(args: list[str]) -> None:
+    from laco_train.cli.analyze import run
 
     run(args)
 

@@ -32,7 +32,7 @@ def run(args: list[str]) -> None:
     arguments, recipe = resolve_arguments(args)
     p = parser()
     config = p.parse_args(arguments)
-    ready = p.instantiate_classes(config)
+    ready = p.instantiate(config)
     model_settings: ModelSettings = ready.model
     collapse_settings: CollapseSettings = ready.collapse
     check_model(model_settings)
@@ -46,6 +46,7 @@ def run(args: list[str]) -> None:
     import torch
 
     from laco_train.collapse import collapse_model
+    from laco_train.collapse.families import depth_of
     from laco_train.collapse.report import describe
     from laco_train.export import CardFacts, export_folder
     from laco_train.models import load_config, load_model, load_tokenizer
@@ -53,18 +54,19 @@ def run(args: list[str]) -> None:
     from laco_train.progress import search_progress
 
     s = model_settings
-    check_collapse(collapse_settings, load_config(s.source, trust_remote_code=s.trust_remote_code).num_hidden_layers)
+    check_collapse(collapse_settings, depth_of(load_config(s.source, trust_remote_code=s.trust_remote_code)))
     tokenizer = load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)
     dtype = weights_dtype(s.dtype, str(config.trainer.get("precision") or "32-true"))
     print(f"Loading {s.source} as {str(dtype).removeprefix('torch.')}", flush=True)
     model = load_model(s.source, dtype=dtype, trust_remote_code=s.trust_remote_code)
-    if torch.cuda.is_available():
-        model.to(torch.device("cuda"))  # type: ignore[arg-type]  # Transformers wraps to() for bitsandbytes
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with search_progress(collapse_settings.lowest_layer) as on_candidate:
-        model, plan = collapse_model(model, tokenizer, collapse_settings, source=s.source, on_candidate=on_candidate)
+        model, plan = collapse_model(
+            model, tokenizer, collapse_settings, source=s.source, device=device, on_candidate=on_candidate
+        )
     print("\n".join(describe(plan)), flush=True)
     card = CardFacts(
-        base_model=s.source, recipe=recipe or "", method="none", data={}, losses={}, tokens=0, steps=0, licence=None
+        base_model=s.source, recipe=recipe or "", method=s.method, data={}, losses={}, tokens=0, steps=0, licence=None
     )
     export_dtype = dtype if ready.export.dtype == "auto" else named_dtype(ready.export.dtype)
     export_folder(model, tokenizer, output, dtype=export_dtype, plan=plan, card=card)

@@ -38,9 +38,9 @@ def run(args: list[str]) -> None:
     dtype = checkpoint.dtype if config.dtype == "auto" else named_dtype(config.dtype)
     card = CardFacts(
         base_model=checkpoint.model.source,
-        recipe="",
+        recipe=checkpoint.recipe,
         method=checkpoint.model.method,
-        data={},
+        data=checkpoint.data,
         losses=checkpoint.losses,
         tokens=checkpoint.tokens,
         steps=checkpoint.steps,

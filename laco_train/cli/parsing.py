@@ -1,5 +1,7 @@
 """What the parsers of all verbs share: one-line errors, and recipes found by name. Imports no torch."""
 
+import re
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -11,6 +13,14 @@ from laco_train.recipes import find_recipe
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 _RECIPE_FLAGS = ("--recipe", "-r", "--config", "-c")
+# jsonargparse's messages that name the key in the middle; the rest begin with it
+_UNKNOWN = re.compile(
+    r"unrecognized arguments: (?P<flag>[^\s=]+)"
+    r"|(Group '(?P<group>\S+)'|Subcommand '\S+') does not accept option '(?P<key>\S+)'"
+    r"|Option '(?P<option>\S+)' is not accepted"
+)
+_MISSING = re.compile(r"the following arguments are required: ((fit|validate)\.)?(?P<key>[^\s,]+)")
+_NO_RECIPE = re.compile(r"(Problems parsing config|Unexpected config): ?(?P<problem>.*)")
 
 
 class OneLineErrors:
@@ -28,9 +38,14 @@ class VerbParser(OneLineErrors, ArgumentParser):
 def _key_and_problem(message: str) -> tuple[str, str]:
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     text = " ".join(lines)
-    for marker in ("Problem with given class_path", "Parser key "):
-        text = text.replace(marker, "")
-    key, separator, problem = text.partition(":")
+    if found := _UNKNOWN.search(text):
+        key = ".".join(part for part in found.group("flag", "group", "key", "option") if part)
+        return key, "is unknown here; --help lists every key"
+    if found := _MISSING.search(text):
+        return found["key"] if "." in found["key"] else f"--{found['key']}", "is missing; give it"
+    if found := _NO_RECIPE.search(text):
+        return "--recipe", f"is no YAML of sections and keys ({found['problem'] or 'it is empty'})"
+    key, separator, problem = text.removeprefix("Parser key ").removeprefix("argument ").partition(":")
     return (key.strip("'\" "), problem.strip()) if separator else ("command line", text)
 
 
@@ -50,6 +65,7 @@ def resolve_arguments(args: list[str]) -> tuple[list[str], str | None]:
             if not value:
                 raise InputError("--recipe", "names no recipe")
             path = find_recipe(value)
+            _refuse_binary(path)
             name = path.stem
             resolved += ["--recipe", str(path)]
         elif argument == "--print_config":
@@ -57,6 +73,13 @@ def resolve_arguments(args: list[str]) -> tuple[list[str], str | None]:
         else:
             resolved.append(argument)
     return resolved, name
+
+
+def _refuse_binary(path: Path) -> None:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError("--recipe", f"{path} is not text; name a recipe in YAML") from None
 
 
 def add_recipe_flag(parser: ArgumentParser, action: Any) -> None:

@@ -1,17 +1,16 @@
 """`fit` and `validate`, on LightningCLI: every Trainer option works, and the recipe's sections are our dataclasses."""
 
-import json
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionConfigFile
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.tensorboard.summary import hparams
 
 from laco_train.callbacks.curves import Curves
 from laco_train.callbacks.divergence import StopOnNonFiniteLoss
@@ -22,6 +21,7 @@ from laco_train.cli.parsing import OneLineErrors, add_recipe_flag, resolve_argum
 from laco_train.cli.quiet import quieten
 from laco_train.cli.summary import print_summary, write_summary
 from laco_train.collapse import CollapsePlan
+from laco_train.collapse.similarity import read_calibration
 from laco_train.errors import InputError
 from laco_train.export import CardFacts, export_folder, refuse_nonempty, save_adapter
 from laco_train.models import load_config, load_tokenizer
@@ -40,6 +40,8 @@ from laco_train.training.data import PackedText
 from laco_train.training.module import CausalLM
 
 _SECTIONS = {"model": ModelSettings, "collapse": CollapseSettings, "data": DataSettings, "export": ExportSettings}
+CONFIG_FILE = "config.yaml"
+"""In a run's folder: the whole recipe as it ran; there once the run has begun."""
 _TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,  # the loss right after the collapse is measured anyway
     "use_distributed_sampler": False,  # PackedText deals out its batches itself; the injected sampler isn't exact
@@ -52,6 +54,28 @@ class RecipeParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser with one-line errors."""
 
 
+class RecordConfig(SaveConfigCallback):
+    """Saves config.yaml once the run is sure to begin, so that input found bad until then leaves no trace."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early: the collapse may still refuse its input."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Model, data and collapse are ready: save the recipe, and show it in TensorBoard too."""
+        log_dir = trainer.log_dir  # asks all processes
+        if log_dir is None or not trainer.is_global_zero:
+            return
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        (Path(log_dir) / CONFIG_FILE).write_text(self.parser.dump(self.config, skip_unset=False), encoding="utf-8")
+        leaves = [(f"{name}.{key}", value) for name in _SECTIONS for key, value in self.config[name].items()]
+        values = {key: value if isinstance(value, int | float) else str(value) for key, value in leaves}
+        if trainer.logger is not None:
+            trainer.logger.log_hyperparams(values)
+        if isinstance(trainer.logger, TensorBoardLogger):  # which shows them beside a result only
+            for summary in hparams(values, {"val/loss": 0}):
+                trainer.logger.experiment._get_file_writer().add_summary(summary)
+
+
 class RecipeCLI(LightningCLI):
     """LightningCLI whose sections are laco_train.settings."""
 
@@ -59,7 +83,7 @@ class RecipeCLI(LightningCLI):
         self.recipe = recipe or "run"
         super().__init__(
             trainer_defaults=_TRAINER_DEFAULTS,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RecordConfig,
             seed_everything_default=0,
             parser_class=RecipeParser,
             parser_kwargs={"prog": "laco_train", "print_config": "--print_config"},
@@ -93,7 +117,7 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Check the settings while nothing is written, then make module, data and trainer from them."""
-        self.config_init = self.parser.instantiate_classes(self.config)
+        self.config_init = self.parser.instantiate(self.config)
         self.model_settings: ModelSettings = self._get(self.config_init, "model")
         self.collapse_settings: CollapseSettings = self._get(self.config_init, "collapse")
         self.data_settings: DataSettings = self._get(self.config_init, "data")
@@ -111,17 +135,25 @@ class RecipeCLI(LightningCLI):
         self.curves = Curves(self.collapse)
         self.trainer = self.instantiate_trainer()
         self._say_device()
-        depth = load_config(s.source, trust_remote_code=s.trust_remote_code).num_hidden_layers
-        if self.collapse.plan is None:
-            check_collapse(self.collapse_settings, depth)
+        self._check_against_model()
+
+    def _check_against_model(self) -> None:
+        s = self.model_settings
+        config = load_config(s.source, trust_remote_code=s.trust_remote_code)
+        check_data(self.data_settings, getattr(config, "max_position_embeddings", None))
+        if self.collapse.plan is not None:
+            return
+        check_collapse(self.collapse_settings, config.num_hidden_layers)
+        if self.collapse_settings.plan is None and self.collapse_settings.remove is None:
+            read_calibration(self.collapse_settings.calibration)
 
     def _collapse_callback(self) -> LayerCollapse:
         path = self._get(self.config_init, "ckpt_path")
         if path is None:
-            return LayerCollapse(self.collapse_settings)
-        checkpoint = read_checkpoint(Path(path))
+            return LayerCollapse(self.collapse_settings, self.recipe)
+        checkpoint = read_checkpoint(Path(path), "--ckpt_path")
         losses = {name: value for name, value in checkpoint.losses.items() if name != "trained"}
-        return LayerCollapse(self.collapse_settings, checkpoint.plan, losses)
+        return LayerCollapse(self.collapse_settings, self.recipe, checkpoint.plan, losses)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer with our callbacks, logging to lightning_logs/<recipe>/version_N unless told otherwise."""
@@ -133,7 +165,10 @@ class RecipeCLI(LightningCLI):
         callbacks = [self.collapse, self.curves, StopOnNonFiniteLoss(), EstimateDuration(self.data_settings)]
         if trainer_config.get("enable_progress_bar") is not False:
             callbacks.append(RunProgressBar())
-        return self._instantiate_trainer(trainer_config, callbacks)
+        try:
+            return self._instantiate_trainer(trainer_config, callbacks)
+        except ValueError as error:  # an accelerator or strategy of no such name
+            raise InputError("trainer", str(error).splitlines()[0]) from error
 
     def _say_device(self) -> None:
         if isinstance(self.trainer.accelerator, CPUAccelerator):
@@ -141,16 +176,30 @@ class RecipeCLI(LightningCLI):
 
             print(f"No GPU is used: this run is on the CPU ({torch.get_num_threads()} threads).", flush=True)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (InputError, MisconfigurationException):
+            self._leave_no_trace()
+            raise
+
+    def _leave_no_trace(self) -> None:
+        """Remove the folder of a run that never began: Lightning opens the event file before the model is there."""
+        folder = Path(str(self.trainer.log_dir))
+        if not isinstance(self.trainer.logger, TensorBoardLogger) or (folder / CONFIG_FILE).exists():
+            return
+        self.trainer.logger.finalize("failed")
+        for events in folder.glob("events.*"):
+            events.unlink()
+        for empty in (folder, folder.parent, folder.parent.parent):
+            if not empty.is_dir() or any(empty.iterdir()):
+                return
+            empty.rmdir()
+
     def before_fit(self) -> None:
-        """Log what the run was asked for."""
-        if self.trainer.logger is not None:
-            model, collapse, data = (
-                asdict(self.model_settings),
-                asdict(self.collapse_settings),
-                asdict(self.data_settings),
-            )
-            values = {"model": json.dumps(model), "collapse": json.dumps(collapse), "data": json.dumps(data)}
-            self.trainer.logger.log_hyperparams(values)
+        """Refuse a run whose export could not be written at its end."""
+        if self.export_settings.enabled and self.trainer.log_dir:
+            refuse_nonempty(self._export_to(), "export")
 
     def after_fit(self) -> None:
         """Export what was trained, and sum up."""
@@ -161,8 +210,11 @@ class RecipeCLI(LightningCLI):
             write_summary(self.collapse, self.curves, self.trainer)
         print_summary(self.collapse, self.curves, self.trainer, folder)
 
+    def _export_to(self) -> Path:
+        return Path(str(self.trainer.log_dir)) / "export"
+
     def _export(self) -> Path:
-        output = Path(str(self.trainer.log_dir)) / "export"
+        output = self._export_to()
         plan = self.collapse.plan
         assert isinstance(plan, CollapsePlan)
         name = self.export_settings.dtype
@@ -179,7 +231,6 @@ class RecipeCLI(LightningCLI):
             licence=None,
         )
         dtype = self.dtype if name == "auto" else named_dtype(name)
-        refuse_nonempty(output, "export")
         export_folder(self.model.lm, self.load_tokenizer(), output, dtype=dtype, plan=plan, card=card)
         return output
 

@@ -1,6 +1,13 @@
 """Layer Collapse as pure functions on Transformers models; imports neither Lightning nor the command line."""
 
-from laco_train.collapse.apply import apply_plan, collapse_model, count_parameters, fingerprint, make_plan
+from laco_train.collapse.apply import (
+    apply_plan,
+    collapse_model,
+    count_parameters,
+    fingerprint,
+    make_plan,
+    placement_for,
+)
 from laco_train.collapse.decoder import Decoder, decoder_of
 from laco_train.collapse.plan import CollapsePlan
 
@@ -13,4 +20,5 @@ __all__ = [
     "decoder_of",
     "fingerprint",
     "make_plan",
+    "placement_for",
 ]

@@ -2,18 +2,23 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from laco_train.collapse.decoder import Decoder, collapsible, keep_layers
+from laco_train.collapse.choice import Choice
+from laco_train.collapse.decoder import Decoder, collapsible, decoder_of, keep_layers
 from laco_train.collapse.merge import DROP, is_norm, merge_weights, merged_names
+from laco_train.collapse.placement import OnDevice, Streamed, free_bytes, resolve, rest_on, sizes_of
 from laco_train.collapse.plan import Calibration, Candidate, CollapsePlan, Parameters, dropped_by, lineage_after
+from laco_train.collapse.refined import refined_file, refined_tensors
 from laco_train.collapse.similarity import calibration_batch, read_calibration
-from laco_train.collapse.strategies import STRATEGIES, Choice
+from laco_train.collapse.strategies import STRATEGIES
 from laco_train.collapse.walk import Walk
 from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings, check_collapse
@@ -58,16 +63,18 @@ def collapse_model(
     settings: CollapseSettings,
     *,
     source: str = "",
+    device: torch.device | None = None,
     on_candidate: Callable[[Candidate], None] | None = None,
 ) -> tuple[PreTrainedModel, CollapsePlan]:
-    """Collapse `model` in place by Layer Collapse, a saved plan or a list of layers.
+    """Collapse `model` in place by a strategy, a saved plan or a list of layers.
 
     Args:
-        model: a decoder-only causal LM, on the device to search on.
+        model: a decoder-only causal LM.
         tokenizer: its tokenizer, for the calibration text.
         settings: see CollapseSettings.
         source: where the model came from, recorded in the plan.
-        on_candidate: called after each candidate of a search.
+        device: where to search; None: where the model is. Weights move there, or are streamed (collapse.placement).
+        on_candidate: called after each candidate of a search; a search for a target may try one again.
 
     Returns:
         The model that was passed, and the plan that was applied to it.
@@ -79,7 +86,7 @@ def collapse_model(
         check_collapse(settings)
         plan = CollapsePlan.load(settings.plan)
     else:
-        plan = make_plan(model, tokenizer, settings, source=source, on_candidate=on_candidate)
+        plan = make_plan(model, tokenizer, settings, source=source, device=device, on_candidate=on_candidate)
     return apply_plan(model, plan), plan
 
 
@@ -89,21 +96,29 @@ def make_plan(
     settings: CollapseSettings,
     *,
     source: str = "",
+    device: torch.device | None = None,
     on_candidate: Callable[[Candidate], None] | None = None,
 ) -> CollapsePlan:
     """Choose layers of `model` by `settings`, leaving it as it is; see `collapse_model`."""
     decoder = collapsible(model)
     check_collapse(settings, decoder.depth)
-    calibration = None
+    calibration: Calibration | None = None
+    strategy: str = settings.strategy
     if settings.remove is not None:
-        choice = Choice(DROP, removed=tuple(sorted(settings.remove)))
+        choice, strategy = Choice(DROP, removed=tuple(sorted(settings.remove))), "remove"
+    elif strategy == "none":
+        choice = Choice(settings.merge_rule)
     else:
         batch = calibration_batch(tokenizer, read_calibration(settings.calibration))
         target = target_depth(decoder, settings)
-        with evaluating(model), torch.no_grad():
-            choice = STRATEGIES["laco"](Walk(decoder, batch, settings), settings, target, on_candidate)
-        calibration = Calibration(batch.samples, batch.tokens, batch.sha256)
+        with evaluating(model), torch.no_grad(), placed(decoder, settings, device or model.device) as placement:
+            walk = Walk(decoder, batch, settings, placement)
+            choice = STRATEGIES[settings.strategy](walk, settings, target, on_candidate)
+            calibration = Calibration(batch.samples, batch.tokens, batch.sha256, *losses_of(walk))
         settings = dataclasses.replace(settings, similarity_threshold=choice.threshold)
+    refined = weights = None
+    if choice.fitted is not None:
+        refined, weights = refined_file(decoder, choice.fitted)
     lineage = lineage_after(decoder.depth, choice.merges, choice.removed, dropping=choice.merge_rule == DROP)
     before = count_parameters(model)
     lost = set(range(decoder.depth)) - {layer[0] for layer in lineage}
@@ -112,7 +127,7 @@ def make_plan(
         source=source,
         source_fingerprint=fingerprint(model),
         dtype=str(model.dtype).removeprefix("torch."),
-        strategy="laco" if settings.remove is None else "remove",
+        strategy=strategy,
         round=0,
         source_depth=decoder.depth,
         depth=len(lineage),
@@ -125,7 +140,36 @@ def make_plan(
         lineage=lineage,
         parameters=Parameters(before, after, 1 - after / before),
         calibration=calibration,
+        refined=refined,
+        refined_weights=weights,
     )
+
+
+@contextmanager
+def placed(decoder: Decoder, settings: CollapseSettings, device: torch.device) -> Iterator[OnDevice | Streamed]:
+    """The weights where `collapse.placement` wants them for a search on `device`."""
+    if placement_for(decoder, settings, device) == "device":
+        decoder.model.to(device)  # type: ignore[arg-type]  # Transformers wraps to() for bitsandbytes
+        yield OnDevice()
+        return
+    if settings.strategy == "streamline":
+        raise InputError("collapse.placement", "stream can't fit a layer, as strategy streamline does; use device")
+    with rest_on(decoder, device):
+        yield Streamed(device, settings.layers_per_merge + 2)
+
+
+def placement_for(decoder: Decoder, settings: CollapseSettings, device: torch.device) -> Literal["device", "stream"]:
+    """What `collapse.placement` means for this model on `device`; InputError if it can't fit."""
+    on_it = sum(p.numel() * p.element_size() for p in decoder.model.parameters() if p.device == device)
+    free = free_bytes(device) + on_it
+    return resolve(settings.placement, sizes_of(decoder), device, settings.layers_per_merge, free)
+
+
+def losses_of(walk: Walk) -> tuple[float | None, float | None]:
+    """Calibration loss of the original and of the standing model; None where there is no such number."""
+    before = walk.calibration_loss.of_original
+    after = None if before is None else walk.measure_standing(losses=True).loss
+    return before, after if after is not None and math.isfinite(after) else None
 
 
 def target_depth(decoder: Decoder, settings: CollapseSettings) -> int | None:
@@ -148,14 +192,20 @@ def target_depth(decoder: Decoder, settings: CollapseSettings) -> int | None:
 
 
 @torch.no_grad()
-def apply_plan(model: PreTrainedModel, plan: CollapsePlan) -> PreTrainedModel:
+def apply_plan(model: PreTrainedModel, plan: CollapsePlan, *, weights_follow: bool = False) -> PreTrainedModel:
     """Collapse `model` in place as `plan` says, bit for bit as the search that made the plan saw it.
 
+    Args:
+        model: the plan's source.
+        plan: with its refined weights, if it has any.
+        weights_follow: every weight is loaded afterwards, from a checkpoint, so that the refined ones may be missing.
+
     Raises:
-        InputError: the plan belongs to another model (depth or fingerprint).
+        InputError: the plan belongs to another model (depth or fingerprint), or its refined weights are missing.
     """
+    refuse_other_model(decoder_of(model), plan)
     decoder = collapsible(model)
-    refuse_other_model(decoder, plan)
+    refined = refined_tensors(decoder, plan, may_miss=weights_follow)
     weights: list[dict[str, Tensor]] = [dict(layer.named_parameters()) for layer in decoder.stack]
     standing = list(range(decoder.depth))
     for merge in plan.merges:
@@ -165,6 +215,8 @@ def apply_plan(model: PreTrainedModel, plan: CollapsePlan) -> PreTrainedModel:
             weights[window[0]][name].copy_(value)
         del standing[merge.layer + 1 : merge.layer + merge.absorbed + 1]
     keep_layers(decoder, [layer[0] for layer in plan.lineage])
+    for name, value in refined.items():
+        model.get_parameter(name).copy_(value)
     return model
 
 

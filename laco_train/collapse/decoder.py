@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -31,6 +32,11 @@ class Decoder:
     def config(self) -> PretrainedConfig:
         """The config that holds the depth."""
         return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input: its embeddings' device, as layers may lie elsewhere."""
+        return next(self.model.get_input_embeddings().parameters()).device
 
     @property
     def depth(self) -> int:

@@ -23,8 +23,8 @@ class Family:
         stack: path of the ModuleList of decoder layers, from the causal LM.
         norm: path of the norm after the last layer, from the causal LM; None if there is none.
         per_layer: config lists with one entry a layer, cut with the stack.
-        dense_layers: (config list of layers without experts, config entry n that gives experts to every n-th layer); the
-            second is written into the first, as "every n-th" is wrong once a layer is gone.
+        dense_layers: (config list of layers without experts, config entry n that gives experts to every n-th layer);
+            the second is written into the first, as "every n-th" is wrong once a layer is gone.
         experts: its layers hold unaligned experts, so that they can be dropped but not summed.
         note: what a user should know.
     """

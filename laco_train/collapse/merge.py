@@ -40,6 +40,7 @@ def mean(base: Tensor, rest: Sequence[Tensor]) -> Tensor:
 
 RULES: dict[str, Rule] = {"rdsc": rdsc, "last": last, "mean": mean}
 DROP = "drop"  # no arithmetic: layer l stays as it is and the others go
+FITTED = "fitted"  # no arithmetic: the merged layer is trained, and its weights come in a file
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -76,8 +77,8 @@ def merge_tensors(rule: str, base: Tensor, rest: Sequence[Tensor]) -> Tensor:
 
 
 def merge_weights(rule: str, weights: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
-    """The merged tensors `names` of the layers `weights` (layer l first); empty for ``drop``."""
-    if rule == DROP:
+    """The merged tensors `names` of the layers `weights` (layer l first); empty for ``drop`` and ``fitted``."""
+    if rule in (DROP, FITTED):
         return {}
     base, rest = weights[0], weights[1:]
     return {name: merge_tensors(rule, base[name].detach(), [other[name] for other in rest]) for name in names}

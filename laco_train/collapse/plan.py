@@ -4,12 +4,14 @@ The plan is the only thing a search hands on: applied to its source it gives the
 """
 
 import dataclasses
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
+from laco_train.collapse.merge import DROP, FITTED, RULES
+from laco_train.collapse.reading import build, plain
 from laco_train.errors import InputError
 
 FORMAT_VERSION = 1
@@ -32,15 +34,18 @@ class Merge:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merge that was tried.
+    """A window of layers that was tried: a merge, or for ``shortgpt``, ``angular`` and ``sleb`` a removal of all of it.
 
     Attributes:
         layer: index of its first layer, in the model as it then stood.
         absorbed: number of layers after it.
-        similarity: cosine with the original's final hidden states; None if it was skipped.
-        accepted: whether the merge was kept.
+        similarity: cosine with the original's final hidden states; None if it was not measured.
+        accepted: whether it was kept.
         seconds: time it took.
         skipped: why it was not tried, or None.
+        score: what the strategy ranked it by, where that is not the similarity: a calibration loss in nats (``sleb``,
+            ``greedy`` by loss), block influence (``shortgpt``), angular distance (``angular``), cosine of the states
+            that enter and leave the window (``streamline``).
     """
 
     layer: int
@@ -49,6 +54,7 @@ class Candidate:
     accepted: bool
     seconds: float
     skipped: str | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,45 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the similarity was measured on: sample and token counts, and the sha256 of the text."""
+    """What the search measured on.
+
+    Attributes:
+        samples: number of samples.
+        tokens: number of tokens, padding aside.
+        sha256: of the text.
+        loss_before: next-token loss of the original on it, nats per token; None if it has none (single tokens, or a
+            model whose head can't be run alone).
+        loss_after: the same of the collapsed model, before any training.
+    """
 
     samples: int
     tokens: int
     sha256: str
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+
+@dataclass(frozen=True)
+class Refined:
+    """Weights that the source and the merges do not give, in a safetensors file beside the plan.
+
+    Attributes:
+        file: its name, without a folder; its tensors are named as in the collapsed model.
+        sha256: of its bytes.
+        tokens: tokens that fitting read, each as often as it was read.
+        seconds: time that fitting took.
+    """
+
+    file: str
+    sha256: str
+    tokens: int
+    seconds: float
+
+    @classmethod
+    def of(cls, weights: bytes, tokens: int, seconds: float) -> "Refined":
+        """The record of `weights`, the content of a safetensors file."""
+        digest = hashlib.sha256(weights).hexdigest()
+        return cls(f"refined-{digest[:12]}.safetensors", digest, tokens, seconds)
 
 
 @dataclass(frozen=True)
@@ -77,19 +117,21 @@ class CollapsePlan:
         source: where the model came from.
         source_fingerprint: sha256 of the model that the plan belongs to, see `fingerprint`.
         dtype: type of its weights; rounding depends on it.
-        strategy: how layers were chosen: ``laco``, ``remove``.
+        strategy: how layers were chosen: a key of STRATEGIES, or ``remove`` where they were named by hand.
         round: 0 for the first collapse of a model, 1 for a collapse of what that left, and so on.
         source_depth: layers before.
         depth: layers after.
         settings: the search's settings, as the recipe gave them.
-        merge_rule: ``rdsc``, ``last``, ``mean`` or ``drop``.
+        merge_rule: ``rdsc``, ``last``, ``mean``, ``drop``, or ``fitted``: the merged layers are those of `refined`.
         merge_norms: whether norms merged too.
         merges: accepted merges, in order.
         removed: original indices dropped without a merge.
-        candidates: every merge tried, in order.
+        candidates: every window tried, in order.
         lineage: for each surviving layer, the original indices merged into it, its own first.
         parameters: counts.
-        calibration: what the similarity was measured on; None without a search.
+        calibration: what the search measured on; None without a search.
+        refined: the file of weights that were fitted; None without any.
+        refined_weights: its content, if it is at hand; neither part of the JSON file nor compared.
     """
 
     source: str
@@ -109,6 +151,8 @@ class CollapsePlan:
     parameters: Parameters
     calibration: Calibration | None
     format_version: int = FORMAT_VERSION
+    refined: Refined | None = None
+    refined_weights: bytes | None = field(default=None, repr=False, compare=False, metadata={"json": False})
 
     def __post_init__(self) -> None:
         _check(self)
@@ -116,7 +160,8 @@ class CollapsePlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, with the keys of the file."""
         values = dataclasses.asdict(self)
-        return {"format_version": values.pop("format_version"), **_plain(values)}
+        del values["refined_weights"]
+        return {"format_version": values.pop("format_version"), **plain(values)}
 
     @classmethod
     def from_dict(cls, values: Any, key: str = "collapse.plan", where: str = "the plan") -> "CollapsePlan":
@@ -127,29 +172,52 @@ class CollapsePlan:
             found = values.get("format_version")
             raise InputError(key, f"{where}: format_version is {found!r}, this release reads {FORMAT_VERSION}")
         try:
-            return _build(cls, values, "plan")
+            return build(cls, values, "plan")
         except ValueError as error:
             raise InputError(key, f"{where}: {error}") from None
 
-    def save(self, path: Path | str) -> None:
-        """Write `path`, whole or not at all."""
+    def save(self, path: Path | str, *, weights: bool = True) -> None:
+        """Write `path`, whole or not at all, and before it the file of refined weights, if they are at hand.
+
+        Args:
+            path: the JSON file.
+            weights: False leaves the refined weights out, for a folder that holds the whole model.
+        """
         target = Path(path)
-        aside = target.with_name(f".{target.name}.partial")
-        aside.write_text(
-            json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        aside.replace(target)
+        if weights and self.refined is not None and self.refined_weights is not None:
+            _write(target.with_name(self.refined.file), self.refined_weights)
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        _write(target, text.encode())
 
     @classmethod
     def load(cls, path: Path | str) -> "CollapsePlan":
-        """Read `path`; InputError if it is missing, cut short or inconsistent."""
+        """Read `path`, and the refined weights if their file lies beside it.
+
+        Raises:
+            InputError: `path` is missing, cut short or inconsistent, or the weights are not those of this plan.
+        """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError("collapse.plan", f"can't read {path}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise InputError("collapse.plan", f"{path} is no JSON: {error}") from None
-        return cls.from_dict(values, where=str(path))
+        plan = cls.from_dict(values, where=str(path))
+        if plan.refined is None:
+            return plan
+        beside = Path(path).with_name(plan.refined.file)
+        try:
+            return dataclasses.replace(plan, refined_weights=beside.read_bytes())
+        except FileNotFoundError:
+            return plan
+        except (OSError, ValueError) as error:
+            raise InputError("collapse.plan", f"{beside}: {error}") from None
+
+
+def _write(target: Path, content: bytes) -> None:
+    aside = target.with_name(f".{target.name}.partial")
+    aside.write_bytes(content)
+    aside.replace(target)
 
 
 def lineage_after(
@@ -181,8 +249,9 @@ def dropped_by(source_depth: int, lineage: tuple[tuple[int, ...], ...]) -> tuple
 
 
 def _check(plan: CollapsePlan) -> None:
-    if plan.merge_rule not in ("rdsc", "last", "mean", "drop"):
-        raise ValueError(f"merge_rule {plan.merge_rule!r} is not one of rdsc, last, mean, drop")
+    rules = (*RULES, DROP, FITTED)
+    if plan.merge_rule not in rules:
+        raise ValueError(f"merge_rule {plan.merge_rule!r} is not one of {', '.join(rules)}")
     held = sum(len(layer) for layer in plan.lineage)
     if plan.source_depth != held + len(plan.removed):  # before anything of that size is built
         raise ValueError(
@@ -191,6 +260,7 @@ def _check(plan: CollapsePlan) -> None:
     if plan.round < 0:
         raise ValueError(f"round is {plan.round}; the first is 0")
     _check_candidates(plan)
+    _check_refined(plan)
     if any(not 0 <= index < plan.source_depth for index in plan.removed):
         raise ValueError(f"removed names a layer outside 0 to {plan.source_depth - 1}")
     lineage = lineage_after(plan.source_depth, plan.merges, plan.removed, dropping=plan.merge_rule == "drop")
@@ -203,71 +273,27 @@ def _check(plan: CollapsePlan) -> None:
 
 
 def _check_candidates(plan: CollapsePlan) -> None:
+    merging = plan.strategy in ("laco", "greedy")
+    least = 1 if merging else 0
     for candidate in plan.candidates:
         end = candidate.layer + candidate.absorbed
-        if candidate.layer < 0 or candidate.absorbed < 1 or end >= plan.source_depth:
+        if candidate.layer < 0 or candidate.absorbed < least or end >= plan.source_depth:
             raise ValueError(f"a candidate reaches from layer {candidate.layer} to {end} of {plan.source_depth}")
         similarity = candidate.similarity
         if similarity is not None and not -1.001 <= similarity <= 1.001:
             raise ValueError(f"a candidate has similarity {similarity}, which is no cosine")
     accepted = [(c.layer, c.absorbed, c.similarity) for c in plan.candidates if c.accepted]
-    if plan.candidates and accepted != [(m.layer, m.absorbed, m.similarity) for m in plan.merges]:
+    if merging and plan.candidates and accepted != [(m.layer, m.absorbed, m.similarity) for m in plan.merges]:
         raise ValueError("merges are not the accepted candidates")
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _build(cls: Any, values: Any, where: str) -> Any:
-    """An instance of dataclass `cls` from JSON `values`, every key present, every type right."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} is no object")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    missing = sorted(set(fields) - set(values))
-    if unknown or missing:
-        raise ValueError(f"{where} has unknown keys {unknown}" if unknown else f"{where} lacks {missing}")
-    return cls(**{name: _read(fields[name].type, values[name], f"{where}.{name}") for name in fields})
-
-
-_NESTED = {
-    tuple[Merge, ...]: Merge,
-    tuple[Candidate, ...]: Candidate,
-}
-_SCALARS: dict[Any, tuple[Any, ...]] = {
-    int: (int,),
-    float: (int, float),
-    str: (str,),
-    bool: (bool,),
-    float | None: (int, float, NoneType),
-    str | None: (str, NoneType),
-    dict[str, Any]: (dict,),
-}
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    if kind in _NESTED:
-        return tuple(_build(_NESTED[kind], item, f"{where}[{i}]") for i, item in enumerate(_list(value, where)))
-    if kind == tuple[int, ...]:
-        return tuple(_read(int, item, f"{where}[{i}]") for i, item in enumerate(_list(value, where)))
-    if kind == tuple[tuple[int, ...], ...]:
-        return tuple(_read(tuple[int, ...], item, f"{where}[{i}]") for i, item in enumerate(_list(value, where)))
-    if kind == Calibration | None:
-        return None if value is None else _build(Calibration, value, where)
-    if kind is Parameters:
-        return _build(Parameters, value, where)
-    allowed = _SCALARS[kind]
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise ValueError(f"{where} is {value!r}, which is no {getattr(kind, '__name__', kind)}")
-    return value
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{where} is no list")
-    return value
+def _check_refined(plan: CollapsePlan) -> None:
+    refined, weights = plan.refined, plan.refined_weights
+    if refined is None:
+        if plan.merge_rule == FITTED or weights is not None:
+            raise ValueError("refined is null, but fitted layers have their weights in a file")
+        return
+    if Path(refined.file).name != refined.file or not refined.file.endswith(".safetensors"):
+        raise ValueError(f"refined.file {refined.file!r} is no name of a safetensors file beside the plan")
+    if weights is not None and hashlib.sha256(weights).hexdigest() != refined.sha256:
+        raise ValueError(f"refined weights are not those of the plan: their sha256 is not {refined.sha256}")

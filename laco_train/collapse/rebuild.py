@@ -22,7 +22,11 @@ _NOT_FUNCTION = ("layer_idx", "training", "gradient_checkpointing")
 
 
 def cut_config(config: PretrainedConfig, family: Family, kept: Sequence[int]) -> None:
-    """Make `config` that of the layers `kept` (indices from 0, ascending), in place."""
+    """Make `config` that of the layers `kept` (indices from 0, ascending), in place.
+
+    Entries that only filled a list that was missing (max_window_layers, sliding_window_pattern, no_rope_layer_interval)
+    stay as they are: Transformers reads the list where there is one.
+    """
     if family.dense_layers is not None:
         names, step = family.dense_layers
         every = getattr(config, step)
@@ -50,8 +54,8 @@ def refuse_unfaithful(model: PreTrainedModel, family: Family, stack: nn.ModuleLi
         if difference is not None:
             raise InputError(
                 "model.source",
-                f"layers of this {model.config.model_type} depend on their position ({difference}), so that those around "
-                "a removed one would be reloaded as others; use a family that the README lists",
+                f"layers of this {model.config.model_type} depend on their position ({difference}), so that those "
+                "around a removed one would be reloaded as others; use a family that the README lists",
             )
 
 

@@ -2,19 +2,40 @@
 
 from typing import TYPE_CHECKING
 
-from laco_train.collapse.plan import CollapsePlan
+from laco_train.collapse.plan import Candidate, CollapsePlan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# What a candidate's score is, by strategy; the others rank by similarity.
+_SCORES = {
+    "shortgpt": "block influence",
+    "angular": "angular distance, in units of pi",
+    "sleb": "calibration loss, nats per token",
+    "streamline": "cosine of states that enter and leave the block",
+}
+_SIMILARITY = "cosine of final hidden states"
+# Cosines above this look harmless; a loss that rose by more nats than this is not.
+_HIGH_SIMILARITY = 0.9
+_EXPLODED = 2.0
+
 
 def describe(plan: CollapsePlan) -> list[str]:
-    """Lines for a terminal or a log: what went where, what it took away, and what to try if nothing went."""
+    """Lines for a terminal or a log: what went where, what it took away and cost, and what to try if nothing went."""
     p = plan.parameters
+    if plan.strategy == "none":
+        return [f"Kept all {plan.depth} layers ({p.before:,} parameters)"]
     lines = [
         f"Collapsed {plan.source_depth} layers to {plan.depth} "
         f"({p.before:,} to {p.after:,} parameters, {100 * p.ratio:.1f}% removed)"
     ]
+    asked = asked_depth(plan)
+    if asked is not None:
+        at = plan.settings["similarity_threshold"]
+        lines.append(
+            f"  asked for at most {asked} layers, reached {plan.depth} by {plan.strategy}"
+            + (f" at T = {at:.4f}" if at is not None else "")
+        )
     for merge in plan.merges:
         lines.append(
             f"  {plan.merge_rule}: layer {merge.layer} took in the {merge.absorbed} after it, "
@@ -22,37 +43,97 @@ def describe(plan: CollapsePlan) -> list[str]:
         )
     if plan.removed:
         lines.append(f"  removed without a merge: {', '.join(map(str, plan.removed))}")
-    tried = [c for c in plan.candidates if c.similarity is not None]
-    if plan.candidates and not plan.merges:
-        best = max(tried, key=lambda c: c.similarity or -1.0)
-        threshold = plan.settings["similarity_threshold"]
-        lines.append(
-            f"  nothing was accepted: of {len(tried)} merges tried, the best had similarity {best.similarity:.4f} "
-            f"(layer {best.layer}), not above T = {threshold}; "
-            "lower collapse.similarity_threshold or collapse.layers_per_merge"
-        )
+    if plan.refined is not None:
+        r = plan.refined
+        lines.append(f"  fitted on {r.tokens:,} tokens in {r.seconds:.1f} s; weights in {r.file}")
+    if plan.candidates and plan.depth == plan.source_depth:
+        lines += _nothing_accepted(plan)
     skipped = [c for c in plan.candidates if c.skipped]
     if skipped:
         lines.append(f"  {len(skipped)} windows skipped: {skipped[0].skipped}")
+    return lines + _losses(plan)
+
+
+def asked_depth(plan: CollapsePlan) -> int | None:
+    """The number of layers that its settings allowed to remain, from a depth or a ratio; None without a target."""
+    depth, ratio = plan.settings.get("target_depth"), plan.settings.get("target_ratio")
+    if ratio is None or plan.depth == plan.source_depth:
+        return depth
+    layer = (plan.parameters.before - plan.parameters.after) / (plan.source_depth - plan.depth)
+    return plan.source_depth - round(ratio * plan.parameters.before / layer)
+
+
+def _nothing_accepted(plan: CollapsePlan) -> list[str]:
+    threshold = plan.settings["similarity_threshold"]
+    tried = [c for c in plan.candidates if c.similarity is not None]
+    if not tried:
+        return ["  nothing was accepted: no merge could be measured"]
+    first = _first_accepted(tried, in_order=plan.strategy == "laco")
+    similarity, best = first[0]
+    return [
+        f"  nothing was accepted: of {len(tried)} merges tried, the best had similarity {similarity:.4f} "
+        f"(layer {best.layer}), not above T = {threshold}; "
+        "lower collapse.similarity_threshold or collapse.layers_per_merge",
+        *(
+            f"  below T = {similarity:.4f} layers {c.layer} to {c.layer + c.absorbed} would merge first"
+            for similarity, c in first[:3]
+        ),
+    ]
+
+
+def _first_accepted(tried: list[Candidate], *, in_order: bool) -> list[tuple[float, Candidate]]:
+    """As T falls: below which similarity which candidate is the first to be accepted.
+
+    Args:
+        tried: candidates of a search that accepted none.
+        in_order: the search takes the first that is above T, and not the best.
+    """
+    ahead, result = tried, []
+    while ahead:
+        index = max(range(len(ahead)), key=lambda i: ahead[i].similarity or -1.0)
+        best = ahead[index]
+        assert best.similarity is not None
+        result.append((best.similarity, best))
+        ahead = ahead[:index] if in_order else []
+    return result
+
+
+def _losses(plan: CollapsePlan) -> list[str]:
+    c = plan.calibration
+    if c is None or c.loss_before is None or c.loss_after is None or plan.depth == plan.source_depth:
+        return []
+    lines = [f"  calibration loss {c.loss_before:.3f} nats per token before, {c.loss_after:.3f} after"]
+    targeted = plan.settings.get("target_depth") or plan.settings.get("target_ratio")
+    rise = c.loss_after - c.loss_before
+    least = min((merge.similarity for merge in plan.merges), default=-1.0)
+    # without a target every merge was above the T that the user asked for
+    if plan.merges and rise > _EXPLODED and (least >= _HIGH_SIMILARITY or not targeted):
+        lines.append(
+            f"  warning: similarity stayed at {least:.4f} or above, but the calibration loss rose by {rise:.2f} nats: "
+            "similarity alone does not promise quality; train on, raise collapse.similarity_threshold, or rank by loss "
+            "(collapse.strategy: greedy, collapse.criterion: loss)"
+        )
     return lines
 
 
 def similarity_figure(plan: CollapsePlan) -> "Figure":
-    """Similarity of every merge tried, by the layer it would merge into, with the threshold."""
+    """What every window tried was ranked by (similarity, else its score), by its first layer, with the threshold."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    tried = [(c.layer, c.similarity, c.accepted) for c in plan.candidates if c.similarity is not None]
-    for accepted, color, marker, label in ((True, "#1a7f37", "o", "accepted"), (False, "#6e7781", "x", "rejected")):
-        points = [(layer, similarity) for layer, similarity, kept in tried if kept is accepted]
+    scored = plan.strategy in _SCORES
+    tried = [(c.layer, c.score if scored else c.similarity, c.accepted) for c in plan.candidates]
+    for accepted, color, marker, label in ((True, "#1a7f37", "o", "accepted"), (False, "#9a9a9a", "x", "rejected")):
+        points = [(layer, value) for layer, value, kept in tried if kept is accepted and value is not None]
         if points:
             axes.scatter(*zip(*points, strict=True), color=color, marker=marker, label=label, zorder=3)
     threshold = plan.settings["similarity_threshold"]
-    axes.axhline(threshold, color="#b35900", linewidth=1, linestyle="--", label=f"threshold T = {threshold}")
-    axes.set_xlabel("layer that takes in those after it, counted from 0")
-    axes.set_ylabel("cosine of final hidden states")
-    axes.set_title(f"Layer Collapse: {plan.source_depth} to {plan.depth} layers, rule {plan.merge_rule}")
+    if threshold is not None:
+        axes.axhline(threshold, color="#b35900", linewidth=1, linestyle="--", label=f"threshold T = {threshold:.4f}")
+    axes.set_xlabel("first layer of the window (from 0, in the model as it then stood)")
+    axes.set_ylabel(_SCORES.get(plan.strategy, _SIMILARITY))
+    axes.set_title(f"{plan.strategy}: {plan.source_depth} to {plan.depth} layers, rule {plan.merge_rule}")
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
     return figure

@@ -56,7 +56,7 @@ def laco(walk: Walk, settings: CollapseSettings, target: int | None, on_candidat
     while True:
         walk.reset()
         candidates = _algorithm_1(walk, settings, threshold, target, on_candidate)
-        _refuse_if_all_skipped(candidates, settings)
+        refuse_if_all_skipped(candidates, settings)
         shallowest = min(shallowest, len(walk.slots))
         if target is None or len(walk.slots) <= target:
             return Found(candidates, threshold)
@@ -109,7 +109,8 @@ def _ahead(walk: Walk, settings: CollapseSettings, pointer: int, floor: int) -> 
     return [Trial(at - 1, min(most, len(walk.slots) - at)) for at in pointers][: walk.trials_ahead]
 
 
-def _refuse_if_all_skipped(candidates: list[Candidate], settings: CollapseSettings) -> None:
+def refuse_if_all_skipped(candidates: list[Candidate], settings: CollapseSettings) -> None:
+    """InputError if layer types alone kept every window from being tried."""
     if candidates and all(candidate.skipped == "layers of unlike types" for candidate in candidates):
         raise InputError(
             "collapse.mixed_types",

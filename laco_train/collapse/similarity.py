@@ -60,12 +60,14 @@ class OriginalStates:
         calls: for each layer, how the model calls it.
         final: (S, T, D), after the final norm.
         tuple_outputs: whether a layer returns its hidden states in a tuple.
+        output: what the model without its head returned; it starts with `final`.
     """
 
     entering: list[Tensor]
     calls: list[LayerCall]
     final: Tensor
     tuple_outputs: bool
+    output: Any
 
 
 def read_calibration(calibration: str | Sequence[str]) -> list[str]:
@@ -147,38 +149,73 @@ def original_states(decoder: Decoder, batch: CalibrationBatch) -> OriginalStates
         if not worst <= 1e-2 * final.abs().max().item():
             kind = model.config.model_type
             raise InputError("model.source", f"{kind} does more after its last layer than a norm (off by {worst:.1e})")
-    return OriginalStates(entering, calls, final, tuple_outputs=isinstance(last, tuple))
-
-
-class _Recorded(Exception):
-    """Ends a forward pass once every layer's call is known."""
+    return OriginalStates(entering, calls, final, tuple_outputs=isinstance(last, tuple), output=output)
 
 
 @torch.no_grad()
+def states_to_come(
+    decoder: Decoder, batch: CalibrationBatch, run_first: Callable[[Tensor, LayerCall], Any]
+) -> OriginalStates:
+    """What can be known before any layer but the first has run: how each is called, and what enters the first.
+
+    For a model whose layers are brought in one at a time; the first sweep finds the rest.
+
+    Args:
+        run_first: output of the first layer, for the states that enter it and its call.
+
+    Raises:
+        InputError: the model does more after its layers than a norm.
+    """
+    model = decoder.model
+    calls, hidden, _ = _bypassed(decoder, batch, 1, tuple_outputs=False, layers=1)
+    tuple_outputs = isinstance(run_first(hidden, calls[0]), tuple)
+    calls, hidden, output = _bypassed(decoder, batch, 1, tuple_outputs=tuple_outputs, layers=None)
+    final = hidden if decoder.norm is None else decoder.norm(hidden)
+    if not torch.equal(final, output[0]):
+        raise InputError("model.source", f"{model.config.model_type} does more after its last layer than a norm")
+    return OriginalStates([hidden], calls, final, tuple_outputs=tuple_outputs, output=output)
+
+
+class _Recorded(Exception):
+    """Ends a forward pass once what was asked for is known."""
+
+
 def recorded_calls(decoder: Decoder, batch: CalibrationBatch, copies: int, *, tuple_outputs: bool) -> list[LayerCall]:
     """How the model calls each layer for `copies` of the batch, one after the other, without running the layers.
 
     The model itself makes masks and positions, so nothing is assumed about which of them have a batch dimension.
     """
-    device = next(decoder.model.parameters()).device
+    return _bypassed(decoder, batch, copies, tuple_outputs=tuple_outputs, layers=None)[0]
+
+
+@torch.no_grad()
+def _bypassed(
+    decoder: Decoder, batch: CalibrationBatch, copies: int, *, tuple_outputs: bool, layers: int | None
+) -> tuple[list[LayerCall], Tensor, Any]:
+    """A pass in which every layer hands on what it gets: the calls, what entered the first layer, the body's output.
+
+    Args:
+        layers: end after so many layers, without an output; None: pass them all.
+    """
+    device = decoder.device
     calls: list[LayerCall] = []
+    entered: list[Tensor] = []
+    output: Any = None
     own = [layer.__dict__.get("forward") for layer in decoder.stack]
 
-    def passing(index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            rest = dict(kwargs)
-            hidden = args[0] if args else rest.pop("hidden_states")
-            calls.append(LayerCall(args[1:], rest))
-            if len(calls) == decoder.depth:
-                raise _Recorded
-            return (hidden,) if tuple_outputs else hidden
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        rest = dict(kwargs)
+        hidden = args[0] if args else rest.pop("hidden_states")
+        entered.append(hidden)
+        calls.append(LayerCall(args[1:], rest))
+        if len(calls) == layers:
+            raise _Recorded
+        return (hidden,) if tuple_outputs else hidden
 
-        return forward
-
-    for index, layer in enumerate(decoder.stack):
-        layer.forward = passing(index)
+    for layer in decoder.stack:
+        layer.forward = forward
     try:
-        decoder.model.base_model(
+        output = decoder.model.base_model(
             input_ids=batch.input_ids.repeat(copies, 1).to(device),
             attention_mask=batch.mask.repeat(copies, 1).to(device),
             use_cache=False,
@@ -186,12 +223,12 @@ def recorded_calls(decoder: Decoder, batch: CalibrationBatch, copies: int, *, tu
     except _Recorded:
         pass
     finally:
-        for layer, forward in zip(decoder.stack, own, strict=True):
-            if forward is None:
+        for layer, before in zip(decoder.stack, own, strict=True):
+            if before is None:
                 del layer.forward
             else:
-                layer.forward = forward
-    return calls
+                layer.forward = before
+    return calls, entered[0], output
 
 
 def fewer_copies(one: LayerCall, many: LayerCall, copies: int) -> LayerCall:

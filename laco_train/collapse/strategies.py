@@ -1,34 +1,12 @@
 """Ways to choose layers. A new one is one function from (walk, settings, target) and one line in STRATEGIES."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from laco_train.collapse.plan import Candidate, Merge
-from laco_train.collapse.search import OnCandidate, laco
+from laco_train.collapse.choice import Choice, OnCandidate, Strategy
+from laco_train.collapse.greedy import greedy, sleb
+from laco_train.collapse.plan import Merge
+from laco_train.collapse.rivals import angular, shortgpt, streamline, tail
+from laco_train.collapse.search import laco
 from laco_train.collapse.walk import Walk
 from laco_train.settings import CollapseSettings
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a strategy decided.
-
-    Attributes:
-        merge_rule: of `merges`; ``drop`` where layers are only removed.
-        merges: in order.
-        removed: original indices removed without a merge.
-        candidates: what was tried.
-        threshold: similarity threshold that it came from, or None.
-    """
-
-    merge_rule: str
-    merges: tuple[Merge, ...] = ()
-    removed: tuple[int, ...] = ()
-    candidates: tuple[Candidate, ...] = ()
-    threshold: float | None = None
-
-
-Strategy = Callable[[Walk, CollapseSettings, int | None, OnCandidate | None], Choice]
 
 
 def layer_collapse(
@@ -45,4 +23,13 @@ def layer_collapse(
     )
 
 
-STRATEGIES: dict[str, Strategy] = {"laco": layer_collapse}
+# collapse.strategy: none has no entry, as it chooses nothing
+STRATEGIES: dict[str, Strategy] = {
+    "laco": layer_collapse,
+    "greedy": greedy,
+    "shortgpt": shortgpt,
+    "angular": angular,
+    "sleb": sleb,
+    "tail": tail,
+    "streamline": streamline,
+}

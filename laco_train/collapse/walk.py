@@ -3,15 +3,20 @@
 Shapes: S samples, T padded tokens, D hidden size, N candidates that advance together.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from laco_train.collapse.decoder import Decoder
+from laco_train.collapse.loss import CalibrationLoss
 from laco_train.collapse.merge import DROP, merge_weights, merged_names
+from laco_train.collapse.placement import OnDevice, Streamed
 from laco_train.collapse.similarity import (
     CalibrationBatch,
     LayerCall,
@@ -21,6 +26,7 @@ from laco_train.collapse.similarity import (
     mean_cosine,
     original_states,
     recorded_calls,
+    states_to_come,
 )
 from laco_train.settings import CollapseSettings
 
@@ -46,11 +52,11 @@ class Slot:
     merged: Mapping[str, Tensor]
     history: object
 
-    def run(self, hidden: Tensor, call: LayerCall) -> Tensor:
-        """Map (S, T, D) hidden states through the layer."""
-        if not self.merged:
-            return hidden_of(self.layer(hidden, *call.args, **call.kwargs))
-        return hidden_of(functional_call(self.layer, dict(self.merged), (hidden, *call.args), call.kwargs))
+    def run(self, hidden: Tensor, call: LayerCall, overrides: Mapping[str, Tensor]) -> Any:
+        """Map (S, T, D) hidden states through the layer, `overrides` in place of its module's own weights."""
+        if not overrides:
+            return self.layer(hidden, *call.args, **call.kwargs)
+        return functional_call(self.layer, dict(overrides), (hidden, *call.args), call.kwargs)
 
     def weights(self) -> dict[str, Tensor]:
         """Its parameters by name, merged ones included."""
@@ -69,6 +75,32 @@ class Trial:
     at: int
     absorbed: int
 
+    @property
+    def end(self) -> int:
+        """Index of the first slot after the window."""
+        return self.at + self.absorbed + 1
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A window of the standing model of which nothing would remain.
+
+    Attributes:
+        at: index of its first slot.
+        end: index of the first slot after it.
+    """
+
+    at: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a trial would do: cosine of final states with the original's, and nats per calibration token if asked."""
+
+    similarity: float
+    loss: float | None
+
 
 class Walk:
     """Slots of the standing model, the states that enter them, and what a trial would do to the final states.
@@ -80,17 +112,30 @@ class Walk:
         decoder: of the model in eval mode, on the device to search on; it is not changed.
         batch: calibration text.
         settings: merge rule and what it may merge.
+        placement: where the weights lie; all of them on the device unless said otherwise.
     """
 
-    def __init__(self, decoder: Decoder, batch: CalibrationBatch, settings: CollapseSettings):
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch: CalibrationBatch,
+        settings: CollapseSettings,
+        placement: OnDevice | Streamed | None = None,
+    ):
+        placement = placement or OnDevice()
         self.decoder = decoder
         self.batch = batch
         self.settings = settings
-        self.device = next(decoder.model.parameters()).device
+        self.placement = placement
+        self.device = decoder.device
         self.mask = batch.mask.to(self.device)
-        self.original: OriginalStates = original_states(decoder, batch)
+        if isinstance(placement, OnDevice):
+            self.original: OriginalStates = original_states(decoder, batch)
+        else:
+            first = Slot(0, decoder.stack[0], {}, 0)
+            self.original = states_to_come(decoder, batch, lambda h, call: first.run(h, call, placement.weights(first)))
         self._calls: dict[int, list[LayerCall]] = {1: self.original.calls}
-        self._known: dict[object, float] = {}
+        self._known: dict[object, Measured] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -126,7 +171,7 @@ class Walk:
         """Why the window of `trial` can't merge, or None."""
         if self.settings.merge_rule == DROP:
             return None
-        window = self.slots[trial.at : trial.at + trial.absorbed + 1]
+        window = self.slots[trial.at : trial.end]
         shapes = [{name: tuple(value.shape) for name, value in slot.weights().items()} for slot in window]
         if any(shape != shapes[0] for shape in shapes):
             return "layers of unequal shapes"
@@ -136,49 +181,102 @@ class Walk:
 
     def merged(self, trial: Trial) -> Slot:
         """The slot that the window of `trial` becomes."""
-        window = self.slots[trial.at : trial.at + trial.absorbed + 1]
+        window = self.slots[trial.at : trial.end]
         first = window[0]
         names = merged_names(first.layer, self.settings.merge_norms)
-        tensors = merge_weights(self.settings.merge_rule, [slot.weights() for slot in window], names)
+        weights = [self.placement.weights(slot) for slot in window]
+        tensors = merge_weights(self.settings.merge_rule, weights, names)
         return Slot(first.origin, first.layer, tensors or first.merged, tuple(slot.history for slot in window))
 
-    def accept(self, trial: Trial) -> None:
-        """Let the standing model be what `trial` makes of it; states that enter slots after it are dropped."""
-        self.slots[trial.at : trial.at + trial.absorbed + 1] = [self.merged(trial)]
+    def accept(self, trial: Trial | Removal, *, fitted: Mapping[str, Tensor] | None = None) -> None:
+        """Let the standing model be what `trial` makes of it; states that enter slots after it are dropped.
+
+        Args:
+            trial: the window.
+            fitted: weights of the layer that it becomes, by name, instead of what the merge rule gives.
+        """
+        slots = [self._kept(self.merged(trial))] if isinstance(trial, Trial) else []
+        if fitted is not None:
+            slots = [Slot(slot.origin, slot.layer, fitted, ("fitted", slot.history)) for slot in slots]
+        self.slots[trial.at : trial.end] = slots
         del self.entering[trial.at + 1 :]
 
-    @torch.no_grad()
-    def advance(self) -> None:
-        """Compute the states that enter every slot of the standing model, from where they are known."""
-        while len(self.entering) < len(self.slots):
-            slot = self.slots[len(self.entering) - 1]
-            self.entering.append(slot.run(self.entering[-1], self.original.calls[slot.origin]))
+    def _kept(self, slot: Slot) -> Slot:
+        return dataclasses.replace(slot, merged=self.placement.put_away(slot.merged))
+
+    def _run(self, slot: Slot, hidden: Tensor, call: LayerCall) -> Tensor:
+        return hidden_of(slot.run(hidden, call, self.placement.overrides(slot)))
 
     @torch.no_grad()
-    def last_states(self, trials: Sequence[Trial]) -> list[Tensor]:
+    def states(self) -> list[Tensor]:
+        """The states that enter every slot, computed from where they are known, and last those that leave the last."""
+        for index in range(len(self.entering) - 1, len(self.slots)):
+            self._step(index)
+        self._settle()
+        return list(self.entering)
+
+    def _step(self, index: int) -> None:
+        slot = self.slots[index]
+        if index + 1 < len(self.slots):
+            self.placement.expect(self.slots[index + 1])
+        self.entering.append(self._run(slot, self.entering[index], self.original.calls[slot.origin]))
+
+    def _settle(self) -> None:
+        # the first sweep of a streamed model has just found the original's states
+        if self._pending:
+            entering = self.entering[: len(self.slots)]
+            self.original = dataclasses.replace(self.original, entering=entering, final=self._final(self.entering[-1]))
+
+    @property
+    def _pending(self) -> bool:
+        return len(self.original.entering) < self.decoder.depth
+
+    def _final(self, hidden: Tensor) -> Tensor:
+        return hidden if self.decoder.norm is None else self.decoder.norm(hidden)
+
+    @cached_property
+    def calibration_loss(self) -> CalibrationLoss:
+        """Loss on the calibration text, from final states."""
+        if self._pending:
+            self.states()
+        return CalibrationLoss(self.decoder, self.batch, self.original)
+
+    @torch.no_grad()
+    def last_states(self, trials: Sequence[Trial | Removal]) -> list[Tensor]:
         """States (S, T, D) that leave the last layer, before the final norm, of the models that `trials` would make.
 
         Trials are ordered by where their windows end, the first to end first.
         """
-        ends = [trial.at + trial.absorbed + 1 for trial in trials]
+        ends = [trial.end for trial in trials]
         assert ends == sorted(ends)
-        waiting = list(zip(ends, trials, strict=True))
+        waiting = list(trials)
         live: list[Tensor] = []
-        for index in range(ends[0], len(self.slots) + 1):
-            while waiting and waiting[0][0] == index:
-                live.append(self._first_step(waiting.pop(0)[1]))
+        pending = self._pending
+        for index in range(0 if pending else ends[0], len(self.slots) + 1):
+            while waiting and waiting[0].end == index:
+                live.append(self._first_step(waiting.pop(0)))
             if index < len(self.slots):
+                if pending:
+                    self._step(index)
+                elif index + 1 < len(self.slots):
+                    self.placement.expect(self.slots[index + 1])
                 live = self._through(self.slots[index], live)
+        self._settle()
         return live
 
-    def _first_step(self, trial: Trial) -> Tensor:
+    def _first_step(self, trial: Trial | Removal) -> Tensor:
         # a function of its own, so that one merged layer is gone before the next is made
-        slot = self.merged(trial)
-        return slot.run(self.entering[trial.at], self.original.calls[slot.origin])
+        hidden = self.entering[trial.at]
+        if isinstance(trial, Removal):
+            return hidden
+        first, slot = self.slots[trial.at], self.merged(trial)
+        overrides = {**self.placement.overrides(first), **slot.merged}
+        return hidden_of(slot.run(hidden, self.original.calls[slot.origin], overrides))
 
-    def _similarity(self, hidden: Tensor) -> Tensor:
-        final = hidden if self.decoder.norm is None else self.decoder.norm(hidden)
-        return mean_cosine(final, self.original.final, self.mask)
+    def _measure(self, hidden: Tensor, losses: bool) -> Tensor:
+        final = self._final(hidden)
+        similarity = mean_cosine(final, self.original.final, self.mask)
+        return torch.stack([similarity, self.calibration_loss(final)] if losses else [similarity])
 
     def _through(self, slot: Slot, live: list[Tensor]) -> list[Tensor]:
         size, samples = self.trials_at_once, self.batch.samples
@@ -186,19 +284,41 @@ class Walk:
         for start in range(0, len(live), size):
             group = live[start : start + size]
             hidden = group[0] if len(group) == 1 else torch.cat(group)
-            out += slot.run(hidden, self.calls(len(group))[slot.origin]).split(samples)
+            out += self._run(slot, hidden, self.calls(len(group))[slot.origin]).split(samples)
         return out
 
     def similarities(self, trials: Sequence[Trial]) -> list[float]:
-        """Cosine of final states with the original's for each of `trials`; one wait for the device for all of them.
+        """Cosine of final states with the original's for each of `trials`, see `measure`."""
+        return [measured.similarity for measured in self.measure(trials)]
+
+    def losses(self, trials: Sequence[Trial | Removal]) -> list[float]:
+        """Next-token loss on the calibration text, in nats per token, of each of `trials`, see `measure`.
+
+        Raises:
+            InputError: the model's loss can't be had from its final states, or the text has nothing to predict.
+        """
+        return [loss for measured in self.measure(trials, losses=True) if (loss := measured.loss) is not None]
+
+    @torch.no_grad()
+    def measure(self, trials: Sequence[Trial | Removal], *, losses: bool = False) -> list[Measured]:
+        """What each of `trials` would do; one wait for the device for each `trials_ahead` of them.
 
         What was found for the same trial of the same standing model is not computed again.
         """
+        if losses:
+            self.calibration_loss.refuse_inexact()
         standing = tuple(slot.history for slot in self.slots)
-        fresh = [trial for trial in trials if (standing, trial) not in self._known]
-        fresh.sort(key=lambda trial: trial.at + trial.absorbed)
-        if fresh:
-            with torch.no_grad():
-                values = torch.stack([self._similarity(hidden) for hidden in self.last_states(fresh)]).tolist()
-            self._known.update({(standing, trial): value for trial, value in zip(fresh, values, strict=True)})
-        return [self._known[standing, trial] for trial in trials]
+        fresh = [trial for trial in trials if (standing, trial, losses) not in self._known]
+        fresh.sort(key=lambda trial: trial.end)
+        for start in range(0, len(fresh), self.trials_ahead):
+            group = fresh[start : start + self.trials_ahead]
+            rows = torch.stack([self._measure(hidden, losses) for hidden in self.last_states(group)]).tolist()
+            for trial, (similarity, *loss) in zip(group, rows, strict=True):
+                self._known[standing, trial, losses] = Measured(similarity, loss[0] if losses else None)
+        return [self._known[standing, trial, losses] for trial in trials]
+
+    @torch.no_grad()
+    def measure_standing(self, *, losses: bool) -> Measured:
+        """The same of the standing model itself."""
+        row = self._measure(self.states()[-1], losses).tolist()
+        return Measured(row[0], row[1] if losses else None)

@@ -1,6 +1,7 @@
 """What a training checkpoint says beside weights, read without running any code from it."""
 
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class TrainingCheckpoint:
         model: the recipe's model section.
         dtype: type of its weights.
         losses: nats per token, by name.
+        recipe: name of the recipe of its run.
+        data: what its run was trained on, by role.
         steps: optimizer steps done.
         tokens: tokens trained on.
         state_dict: weights, on the CPU.
@@ -36,26 +39,34 @@ class TrainingCheckpoint:
     model: ModelSettings
     dtype: torch.dtype
     losses: dict[str, float]
+    recipe: str
+    data: dict[str, Any]
     steps: int
     tokens: int
     state_dict: dict[str, torch.Tensor]
 
 
-def read_checkpoint(path: Path) -> TrainingCheckpoint:
+def read_checkpoint(path: Path, key: str = "--checkpoint") -> TrainingCheckpoint:
     """Read `path` with weights_only, its tensors mapped rather than loaded.
+
+    Args:
+        path: a file that `fit` wrote.
+        key: the option that named it.
 
     Raises:
         InputError: missing, cut short, or not written by fit.
     """
     if not path.is_file():
-        raise InputError("--checkpoint", f"no file {str(path)!r}; name a .ckpt under a run's checkpoints folder")
+        raise InputError(key, f"no file {str(path)!r}; name a .ckpt under a run's checkpoints folder")
+    if not zipfile.is_zipfile(path):  # its table of contents comes last, so a file that was cut short is none
+        raise InputError(key, f"{path} is damaged or no checkpoint of fit; name another .ckpt")
     try:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError("--checkpoint", f"{path} is damaged or no checkpoint of fit ({reason})") from None
+        raise InputError(key, f"{path} is damaged or no checkpoint of fit ({reason}); name another .ckpt") from None
     if not isinstance(values, dict) or not isinstance(values.get(CHECKPOINT_KEY), dict):
-        raise InputError("--checkpoint", f"{path} was not written by laco_train fit")
+        raise InputError(key, f"{path} was not written by laco_train fit; name a .ckpt that was")
     ours: dict[str, Any] = values[CHECKPOINT_KEY]
     curves = values.get("callbacks", {}).get("Curves", {})
     losses = dict(ours["losses"])
@@ -63,10 +74,12 @@ def read_checkpoint(path: Path) -> TrainingCheckpoint:
         losses["trained"] = curves["validation"][-1][2]
     return TrainingCheckpoint(
         path=path,
-        plan=CollapsePlan.from_dict(ours["plan"], "--checkpoint"),
+        plan=CollapsePlan.from_dict(ours["plan"], key),
         model=_model_settings(ours["model"]),
         dtype=named_dtype(ours["dtype"]),
         losses=losses,
+        recipe=ours["recipe"],
+        data=ours["data"],
         steps=values["global_step"],
         tokens=curves.get("tokens", 0),
         state_dict=values["state_dict"],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
+from laco_train.errors import InputError
 from laco_train.models import load_model
 from laco_train.settings import ModelSettings
 from laco_train.training.adapters import attach_lora
@@ -35,7 +36,7 @@ class CausalLM(LightningModule):
         self.settings = settings
         self.weights_dtype = dtype
         self.model: PreTrainedModel | PeftModel | None = None
-        self.validation_loss = MeanMetric()
+        self.validation_loss = MeanMetric(nan_strategy="disable")  # else it leaves out batches whose loss is NaN
         self._exact_buffers: dict[str, Tensor] = {}
 
     @property
@@ -89,7 +90,9 @@ class CausalLM(LightningModule):
             self.validation_loss.update(causal_lm_loss(self.lm, batch).detach().float(), tokens)
 
     def on_validation_epoch_end(self) -> None:
-        """Log val/loss and its exponential."""
+        """Log val/loss and its exponential, in a fit at the number of steps done; Lightning's own is one behind."""
+        if self.trainer.state.fn == "fit":
+            self.log("step", float(self.trainer.global_step))
         loss = self.validation_loss.compute()
         self.validation_loss.reset()
         self.log("val/loss", loss, prog_bar=True)
@@ -105,12 +108,19 @@ class CausalLM(LightningModule):
         """Optimizer steps of the whole run.
 
         Not ``trainer.estimated_stepping_batches``, which builds the loader early and so loses its restored position.
+
+        Raises:
+            InputError: the recipe sets no end.
         """
         trainer = self.trainer
         batches: int = trainer.datamodule.batches_per_epoch  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         steps = [trainer.max_steps] if trainer.max_steps > 0 else []
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
             steps.append(trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches))
+        if not steps:
+            raise InputError("trainer.max_steps", "give it or trainer.max_epochs: the schedule spans the whole run")
         return min(steps)
 
     def trainable_names(self) -> set[str]:
@@ -126,8 +136,16 @@ class CausalLM(LightningModule):
         return {name: value for name, value in state.items() if name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose weights are not exactly those of this model."""
+        """Refuse a checkpoint whose weights are not exactly those of this model.
+
+        Raises:
+            InputError: it was written under another method, or for another model.
+        """
         expected, found = set(self.state_dict()), set(checkpoint["state_dict"])
         if expected != found:
             odd = sorted(expected ^ found)[0]
-            raise ValueError(f"the checkpoint and the model differ in {len(expected ^ found)} weights, first {odd}")
+            raise InputError(
+                "--ckpt_path",
+                f"its weights are not those of this recipe's model: {len(expected ^ found)} differ, first {odd}; "
+                "resume with the recipe of its run",
+            )

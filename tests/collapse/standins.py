@@ -1,7 +1,7 @@
 """Stand-ins for two families whose code comes with their weights, saved and loaded as remote code.
 
-Module names, parameter names and layouts are those of Baichuan2-7B and InternLM2; the arithmetic is a Llama's. They show
-that a table row finds its way through such names, not that the published code runs on this Transformers.
+Module names, parameter names and layouts are those of Baichuan2-7B and InternLM2; the arithmetic is a Llama's. They
+show that a row of the table finds its way through such names, not that the published code runs on this Transformers.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 
+# Each config has its own __init__, as Transformers writes one for a subclass that lacks it.
 class StandInConfig(PretrainedConfig):
     def __init__(self, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, **kwargs):
         self.vocab_size = kwargs.pop("vocab_size", 320)
@@ -31,9 +32,15 @@ class StandInConfig(PretrainedConfig):
 class BaichuanConfig(StandInConfig):
     model_type = "baichuan"
 
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
 
 class InternLM2Config(StandInConfig):
     model_type = "internlm2"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
 
 
 def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rotary: Any, cache: Any) -> Tensor:

@@ -22,7 +22,7 @@ Json = dict[str, Any]
 KEYS = {
     *("format_version", "source", "source_fingerprint", "dtype", "strategy", "round", "source_depth", "depth"),
     *("settings", "merge_rule", "merge_norms", "merges", "removed", "candidates", "lineage", "parameters"),
-    "calibration",
+    *("calibration", "refined"),
 }
 
 
@@ -42,7 +42,7 @@ def plans(draw: st.DrawFn, written: Json) -> Json:
         for gone in [layers.pop(layer + 1) for _ in range(absorbed)]:
             layers[layer] += [] if dropping else gone
     held = {i for layer in layers for i in layer}
-    tried = [{**m, "accepted": True, "seconds": draw(st.floats(0, 9)), "skipped": None} for m in merges]
+    tried = [{**m, "accepted": True, "seconds": draw(st.floats(0, 9)), "skipped": None, "score": None} for m in merges]
     return {
         **written,
         "source": draw(st.text()),
@@ -77,7 +77,7 @@ def test_every_key_of_the_format(plan: CollapsePlan, written: Json, nine: LlamaF
     assert all(set(merge) == {"layer", "absorbed", "similarity"} for merge in written["merges"])
     assert all({"layer", "absorbed", "similarity", "accepted", "seconds"} <= set(c) for c in written["candidates"])
     assert set(written["parameters"]) == {"before", "after", "ratio"}
-    assert set(written["calibration"]) == {"samples", "tokens", "sha256"}
+    assert set(written["calibration"]) == {"samples", "tokens", "sha256", "loss_before", "loss_after"}
     assert CollapsePlan.from_dict(written) == plan
     assert (plan.source, plan.source_fingerprint, plan.dtype) == ("tiny", fingerprint(nine), "float32")
     assert (plan.source_depth, plan.merge_rule, plan.merge_norms) == (9, "rdsc", False)

@@ -1,18 +1,25 @@
 """A tiny random model of each family, and what must hold for each once layers are gone."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from laco_train.collapse import Decoder, decoder_of
-from laco_train.settings import LoraSettings
+from laco_train.collapse import CollapsePlan, Decoder, collapse_model, decoder_of
+from laco_train.settings import CollapseSettings, LoraSettings
 from laco_train.training.adapters import attach_lora
 from tests.collapse import standins
-from tests.collapse.helpers import scramble
+from tests.collapse.helpers import TEXTS, scramble
 
 Json = dict[str, Any]
 DEPTH = 6
@@ -58,13 +65,16 @@ TINY: dict[str, Json] = {
         "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
-    "gpt2": {"n_positions": 256, "n_inner": 64},
+    "gpt2": {"n_positions": 256, "n_inner": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt_neox": {"intermediate_size": 64, "max_position_embeddings": 256},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 256},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 256, "dropout": 0.0},
     "falcon": {"ffn_hidden_size": 64, "max_position_embeddings": 256},
     "baichuan": LLAMA,
     "internlm2": LLAMA,
 }
+# Every window of two layers is kept: six layers become four, then three.
+EVERY_WINDOW = CollapseSettings(layers_per_merge=2, similarity_threshold=-1.0, mixed_types="first", calibration=TEXTS)
+BREAKING = [1, 4]  # leaves layers 0, 2, 3 and 5, of which no pattern above makes the right types
 STANDINS = {"baichuan": standins.BaichuanForCausalLM, "internlm2": standins.InternLM2ForCausalLM}
 
 
@@ -77,6 +87,11 @@ def tiny(kind: str, **overrides: Any) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**values), dtype=torch.float32)
     model.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=0, pad_token_id=1)
     return scramble(model, seed=3).eval()
+
+
+def collapsed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> CollapsePlan:
+    """Collapse `model` in place, by EVERY_WINDOW with `changes`."""
+    return collapse_model(model, tokenizer, dataclasses.replace(EVERY_WINDOW, **changes))[1]
 
 
 def ids(length: int = 3 * WINDOW) -> Tensor:
@@ -120,7 +135,7 @@ def assert_numbered(decoder: Decoder) -> None:
 def assert_tied(model: PreTrainedModel) -> None:
     """Head and embeddings are one tensor if and only if the config says so."""
     same = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert same == bool(model.config.tie_word_embeddings)
+    assert same == getattr(model.config, "tie_word_embeddings", False)
 
 
 @torch.no_grad()
@@ -164,6 +179,7 @@ def assert_takes_lora(model: PreTrainedModel) -> None:
     """Adapters in every layer train, and merging them changes nothing but rounding."""
     depth = decoder_of(model).depth
     before = logits(model)
+    torch.manual_seed(4)
     adapted = attach_lora(model, LoraSettings(rank=2, alpha=4))
     adapters = [name for name, _ in adapted.named_parameters() if "lora_B" in name]
     path = decoder_of(model).family.stack

@@ -100,15 +100,19 @@ def layer_collapse(
     T: float,
     rule: str = "rdsc",
     merge_norms: bool = False,
+    fewest: int = 1,
 ) -> Collapsed:
-    """Algorithm 1; `samples` are token ids of shape [tokens], the letters are the paper's (l, L and H from 1)."""
+    """Algorithm 1; `samples` are token ids of shape [tokens], the letters are the paper's (l, L and H from 1).
+
+    `fewest` is not the paper's: no merge may leave fewer layers, and the search ends when they are reached.
+    """
     reference = final_states(original, samples)
     model = copy.deepcopy(original)
     lineage = [[i] for i in range(len(original.model.layers))]
     candidates = []
     l = H - C  # noqa: E741
-    while l >= L:
-        K = min(C - 1, len(model.model.layers) - l)
+    while l >= L and len(model.model.layers) > fewest:
+        K = min(C - 1, len(model.model.layers) - l, len(model.model.layers) - fewest)
         attempt = merge_layers(model, l - 1, K, rule, merge_norms)
         s = similarity(final_states(attempt, samples), reference)
         candidates.append(Candidate(l - 1, K, s, s > T))

@@ -1,0 +1,136 @@
+"""Makes the README's tables and picture from benchmarks/results and the code's own tables.
+
+python benchmarks/readme.py           # rewrites README.md and docs/img
+python benchmarks/readme.py --check   # exit code 1 if README.md is out of date
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS
+
+ROOT = Path(__file__).parent.parent
+PICTURE = ROOT / "docs" / "img" / "smollm2_collapse.png"
+
+
+def results(name: str) -> dict[str, Any]:
+    """The results file NAME.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def source_line(found: dict[str, Any]) -> str:
+    """Where a table's numbers come from."""
+    versions = found["versions"]
+    return (
+        f"{found['machine']}, torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"{found['date']}, commit {found['commit']}: `{found['command']}`"
+    )
+
+
+def collapse_table() -> str:
+    """What collapse cost and training gave back, for each recipe run."""
+    lines = [
+        "| model | layers | removed | original | after collapse | after training | tokens | tokens/s | peak |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    names = {"collapse_smollm2": "SmolLM2-135M", "collapse_llama2_7b": "Llama-2-7B shape, random weights"}
+    sources = []
+    for name, label in names.items():
+        found = results(name)
+        (row,) = found["rows"]
+        losses = row["losses"]
+        lines.append(
+            f"| {label} | {row['source_depth']} to {row['depth']} | {100 * row['parameters']['ratio']:.1f}% "
+            f"| {losses['original']:.3f} | {losses['collapsed']:.3f} | {losses['trained']:.3f} "
+            f"| {row['tokens'] / 1e6:.1f}M | {row['tokens_per_second']:,.0f} | {row['peak_gib']:.1f} GiB |"
+        )
+        sources.append(f"- {label}: {source_line(found)}")
+    return "\n".join([*lines, "", *sources])
+
+
+def search_table() -> str:
+    """The search beside the deep-copy procedure."""
+    lines = [
+        "| case | tried, accepted | deep copies | ours | ratio | peak, copies | peak, ours | weights | agree |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    sources = []
+    for name in ("search", "search_cpu"):
+        found = results(name)
+        for row in found["rows"]:
+            gib = [row["deepcopy_peak_gib"], row["peak_gib"]]
+            peaks = " | ".join(f"{peak:.1f} GiB" if peak else "" for peak in gib)
+            lines.append(
+                f"| {row['case']} | {row['candidates']}, {row['accepted']} | {row['deepcopy_s']:.1f} s "
+                f"| {row['ours_s']:.2f} s | {row['speedup']:.0f} | {peaks} | {row['weights_gib']:.1f} GiB "
+                f"| {'yes' if row['same_decisions'] else 'no'} |"
+            )
+        sources.append(f"- {source_line(found)}")
+    return "\n".join([*lines, "", *sources])
+
+
+def families_section() -> str:
+    """The code's table of families."""
+    from laco_train.collapse.families import families_table
+
+    return families_table()
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "results": collapse_table,
+    "search": search_table,
+    "families": families_section,
+}
+
+
+def draw_curve() -> None:
+    """The validation curve of the SmolLM2 run, with the original's loss as a line."""
+    from matplotlib.figure import Figure
+
+    (row,) = results("collapse_smollm2")["rows"]
+    points = row["validation"]
+    figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    tokens = [point["tokens"] / 1e6 for point in points]
+    losses = [point["loss"] for point in points]
+    axes.plot(tokens, losses, marker="o", markersize=4, color="#0969da", label=f"collapsed to {row['depth']} layers")
+    original = row["losses"]["original"]
+    axes.axhline(
+        original, color="#b35900", linestyle="--", linewidth=1.2, label="original, 30 layers, untrained on this text"
+    )
+    axes.annotate(f"after collapse: {losses[0]:.2f}", (0, losses[0]), xytext=(0.4, losses[0] - 0.1), fontsize=9)
+    axes.annotate(
+        f"{losses[-1]:.2f}", (tokens[-1], losses[-1]), xytext=(-12, -16), textcoords="offset points", fontsize=9
+    )
+    axes.set_ylim(min(losses[-1], original) - 0.4, losses[0] + 0.3)
+    axes.set_xlabel("tokens of post-training, millions")
+    axes.set_ylabel("validation loss, nats per token")
+    axes.set_title("SmolLM2-135M: what Layer Collapse cost, and what training gave back")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE)
+
+
+def rewritten(text: str) -> str:
+    """`text` with every section between its markers made anew."""
+    for name, make in SECTIONS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        assert pattern.search(text), f"README.md has no section {name}"
+        body = make()
+        text = pattern.sub(lambda found, body=body: f"{found.group(1)}{body}\n{found.group(2)}", text)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = rewritten(before)
+    if "--check" in sys.argv:
+        sys.exit(after != before)
+    readme.write_text(after, encoding="utf-8")
+    draw_curve()

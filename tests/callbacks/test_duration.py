@@ -1,0 +1,25 @@
+"""The estimate that a CPU run begins with."""
+
+import re
+
+import pytest
+
+from laco_train.callbacks.duration import as_duration, matmul_rate
+from tests.cli.runs import Run
+
+
+def test_estimate_counts_steps_and_tokens(run: Run) -> None:
+    (line,) = [line for line in run.result.out.splitlines() if line.startswith("Training: ")]
+    assert re.fullmatch(r"Training: 6 steps, 384 tokens, about \d+ seconds on this CPU\.", line)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "0 seconds"), (89, "89 seconds"), (600, "10 minutes"), (5399, "90 minutes"), (7200, "2.0 hours")],
+)
+def test_units(seconds: float, words: str) -> None:
+    assert as_duration(seconds) == words
+
+
+def test_rate_is_that_of_a_processor() -> None:
+    assert 1e8 < matmul_rate(64) < 1e14
