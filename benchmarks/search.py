@@ -3,6 +3,8 @@
     python benchmarks/search.py                 # on a GPU: Llama-2-7B shape, random weights, bfloat16
     python benchmarks/search.py --case smollm2  # on a CPU: SmolLM2-135M, float32
 
+On a GPU it then limits the process to 4 GiB and searches again with the weights streamed from host memory.
+
 Both get the same model, the same merge formula and the same ten sentences. The deep-copy procedure copies the whole
 model for each candidate and runs the original and the copy on one sentence at a time.
 """
@@ -23,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from laco_train.collapse.decoder import decoder_of, keep_layers
 from laco_train.collapse.merge import RULES, is_norm
+from laco_train.collapse.placement import Streamed, rest_on
 from laco_train.collapse.search import laco
 from laco_train.collapse.similarity import CalibrationBatch, calibration_batch, read_calibration
 from laco_train.collapse.walk import Walk
@@ -158,6 +161,71 @@ def measure(case: Case, runs: int) -> dict[str, Any]:
     return row
 
 
+def pinned_rate(device: torch.device, gib: int = 2) -> float:
+    """Bytes per second of a copy from page-locked host memory, median of five."""
+    host = torch.empty(gib * GIB, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    seconds = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        there.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return host.nbytes / statistics.median(seconds[1:])
+
+
+def measure_stream(case: Case, rate: float, limit_gib: float, runs: int) -> dict[str, Any]:
+    """A row: the search with weights in host memory and the GPU limited, against the decisions of one without."""
+    device = torch.device("cuda")
+    expected = our_search(case)
+    case.model.to("cpu")
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / total)
+    decoder = decoder_of(case.model)
+    one_sweep = sum(p.numel() * p.element_size() for p in decoder.stack.parameters())
+    began = time.perf_counter()
+    with rest_on(decoder, device), torch.no_grad():
+        page_lock_s = time.perf_counter() - began
+        rows = []
+        for _ in range(runs + 1):
+            placement = Streamed(device, case.settings.layers_per_merge + 2)
+
+            def search(placement: Streamed = placement) -> list[tuple[int, int, bool]]:
+                found = laco(Walk(decoder, case.batch, case.settings, placement), case.settings, None, None)
+                return [(c.layer, c.absorbed, c.accepted) for c in found.candidates]
+
+            found, seconds, peak = timed(search, device)
+            rows.append((found == expected, seconds, peak, placement.bytes_moved))
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    case.model.to(device)
+    accepted = sum(accepted for _, _, accepted in expected)
+    bound = (accepted + 1) * one_sweep / rate
+    seconds = [row[1] for row in rows[1:]]
+    result = {
+        "case": f"stream_{case.name}",
+        "device": machine(),
+        "limit_gib": limit_gib,
+        "candidates": len(expected),
+        "accepted": accepted,
+        "ours_s": statistics.median(seconds),
+        "ours_s_all": seconds,
+        "bound_s": bound,
+        "ratio_to_bound": statistics.median(seconds) / bound,
+        "moved_gib": rows[-1][3] / GIB,
+        "sweep_gib": one_sweep / GIB,
+        "pinned_gib_s": rate / GIB,
+        "page_lock_s": page_lock_s,
+        "peak_gib": max(row[2] for row in rows),
+        "weights_gib": sum(p.numel() * p.element_size() for p in case.model.parameters()) / GIB,
+        "same_decisions": all(row[0] for row in rows),
+    }
+    print({key: value for key, value in result.items() if key != "ours_s_all"}, flush=True)
+    return result
+
+
 def check_fused_merge(device: torch.device) -> None:
     """The fused kernel's bits are those of the plain functions."""
     from laco_train.collapse.merge_kernel import fused_sum
@@ -176,6 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", choices=("llama2_7b", "smollm2", "tiny"), default="llama2_7b")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--limit-gib", type=float, default=4.0, help="GPU memory of the streamed search")
     parser.add_argument("--output", default=None, help="name of the results file; none: print only")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -199,6 +268,9 @@ def main() -> None:
             Case(f"{options.case}_all_accepted_from_16", model, batch, some),
         ]
     rows = [measure(case, options.runs) for case in cases]
+    if device.type == "cuda":
+        rate = pinned_rate(device)
+        rows += [measure_stream(case, rate, options.limit_gib, options.runs) for case in cases]
     if options.output:
         print(write_results(options.output, rows))
 

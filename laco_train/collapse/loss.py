@@ -52,10 +52,15 @@ class CalibrationLoss:
         return total / (self._labels[:, 1:] != _IGNORED).sum()
 
     def _sum(self, final: Tensor, rows: slice) -> Tensor:
-        with _returning(self._body, self._original.output, final[rows]):
-            logits = self._model(input_ids=self._input_ids[rows], attention_mask=self._mask[rows], use_cache=False)[0]
+        logits = self._head(final, rows)[0]
         # (S, T, V) against the token that follows each
         return cross_entropy(logits[:, :-1].float().flatten(0, 1), self._labels[rows, 1:].flatten(), reduction="sum")
+
+    def _head(self, final: Tensor, rows: slice, **more: Tensor) -> Any:
+        with _returning(self._body, self._original.output, final[rows]):
+            return self._model(
+                input_ids=self._input_ids[rows], attention_mask=self._mask[rows], use_cache=False, **more
+            )
 
     @cached_property
     def of_original(self) -> float | None:
@@ -68,7 +73,7 @@ class CalibrationLoss:
             return None
 
     def refuse_inexact(self) -> None:
-        """InputError unless this is the model's own loss: one whole pass of the longest sample, the first time."""
+        """InputError unless this is what the model gives for its loss, checked on the longest sample the first time."""
         if self._problem is not None:
             raise self._problem
 
@@ -83,17 +88,12 @@ class CalibrationLoss:
         longest = int(self._mask.sum(dim=1).argmax())
         row = slice(longest, longest + 1)
         found = self._sum(self._original.final, row) / (self._labels[row, 1:] != _IGNORED).sum()
-        expected = self._model(
-            input_ids=self._input_ids[row],
-            attention_mask=self._mask[row],
-            labels=self._labels[row],
-            use_cache=False,
-        ).loss
-        # in half precision a sample alone rounds otherwise than in the batch
+        expected = self._head(self._original.final, row, labels=self._labels[row]).loss
+        # in half precision a model may round its loss
         within = 1e-4 if self._original.final.dtype == torch.float32 else 2e-2
         off = (found - expected).abs().item()
         if not off <= within * max(1.0, expected.item()):
-            return InputError("model.source", f"the loss of {kind} is not that of its final states (off by {off:.1e})")
+            return InputError("model.source", f"the loss of {kind} is more than that of the next token (by {off:.1e})")
         return None
 
 

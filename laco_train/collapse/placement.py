@@ -96,7 +96,11 @@ class Streamed:
         """Merged weights that will be kept, in host memory."""
         if self.device.type != "cuda":
             return merged
-        return {name: value.to("cpu").pin_memory() for name, value in merged.items()}
+        kept = {name: torch.empty_like(value, device="cpu", pin_memory=True) for name, value in merged.items()}
+        for name, value in merged.items():
+            kept[name].copy_(value, non_blocking=True)
+        torch.cuda.current_stream(self.device).synchronize()
+        return kept
 
     def _fetch(self, slot: HasWeights) -> None:
         if slot.history in self._here:

@@ -135,5 +135,6 @@ def similarity_figure(plan: CollapsePlan) -> "Figure":
     axes.set_ylabel(_SCORES.get(plan.strategy, _SIMILARITY))
     axes.set_title(f"{plan.strategy}: {plan.source_depth} to {plan.depth} layers, rule {plan.merge_rule}")
     axes.grid(alpha=0.3)
-    axes.legend(loc="best")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best")
     return figure

@@ -43,12 +43,14 @@ class Slot:
     Attributes:
         origin: index of the original layer that runs it.
         layer: its module.
+        own: the parameters of its module, by name.
         merged: parameters that an accepted merge replaced.
         history: what went into it: an original index, or the histories of the slots that merged.
     """
 
     origin: int
     layer: nn.Module
+    own: Mapping[str, Tensor]
     merged: Mapping[str, Tensor]
     history: object
 
@@ -60,7 +62,7 @@ class Slot:
 
     def weights(self) -> dict[str, Tensor]:
         """Its parameters by name, merged ones included."""
-        return {**dict(self.layer.named_parameters()), **self.merged}
+        return {**self.own, **self.merged}
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,16 @@ class Walk:
         self.placement = placement
         self.device = decoder.device
         self.mask = batch.mask.to(self.device)
+        # looked up once: naming a layer's parameters takes as long as launching its kernels
+        self._originals = [
+            Slot(index, layer, dict(layer.named_parameters()), {}, index) for index, layer in enumerate(decoder.stack)
+        ]
+        self._names = [merged_names(layer, settings.merge_norms) for layer in decoder.stack]
+        self._shapes = [tuple((name, tuple(p.shape)) for name, p in slot.own.items()) for slot in self._originals]
         if isinstance(placement, OnDevice):
             self.original: OriginalStates = original_states(decoder, batch)
         else:
-            first = Slot(0, decoder.stack[0], {}, 0)
+            first = self._originals[0]
             self.original = states_to_come(decoder, batch, lambda h, call: first.run(h, call, placement.weights(first)))
         self._calls: dict[int, list[LayerCall]] = {1: self.original.calls}
         self._known: dict[object, Measured] = {}
@@ -141,7 +149,7 @@ class Walk:
     def reset(self) -> None:
         """Let the standing model be the original again; similarities found so far stay known."""
         self.entering: list[Tensor] = list(self.original.entering)
-        self.slots = [Slot(index, layer, {}, index) for index, layer in enumerate(self.decoder.stack)]
+        self.slots = list(self._originals)
 
     @property
     def trials_at_once(self) -> int:
@@ -172,8 +180,7 @@ class Walk:
         if self.settings.merge_rule == DROP:
             return None
         window = self.slots[trial.at : trial.end]
-        shapes = [{name: tuple(value.shape) for name, value in slot.weights().items()} for slot in window]
-        if any(shape != shapes[0] for shape in shapes):
+        if len({self._shapes[slot.origin] for slot in window}) > 1:
             return "layers of unequal shapes"
         if self.settings.mixed_types == "skip" and len({self.decoder.layer_type(slot.origin) for slot in window}) > 1:
             return "layers of unlike types"
@@ -183,10 +190,11 @@ class Walk:
         """The slot that the window of `trial` becomes."""
         window = self.slots[trial.at : trial.end]
         first = window[0]
-        names = merged_names(first.layer, self.settings.merge_norms)
         weights = [self.placement.weights(slot) for slot in window]
-        tensors = merge_weights(self.settings.merge_rule, weights, names)
-        return Slot(first.origin, first.layer, tensors or first.merged, tuple(slot.history for slot in window))
+        tensors = merge_weights(self.settings.merge_rule, weights, self._names[first.origin])
+        return dataclasses.replace(
+            first, merged=tensors or first.merged, history=tuple(slot.history for slot in window)
+        )
 
     def accept(self, trial: Trial | Removal, *, fitted: Mapping[str, Tensor] | None = None) -> None:
         """Let the standing model be what `trial` makes of it; states that enter slots after it are dropped.
@@ -195,9 +203,11 @@ class Walk:
             trial: the window.
             fitted: weights of the layer that it becomes, by name, instead of what the merge rule gives.
         """
+        if self._pending:  # else the first sweep would take the changed model for the original
+            self.states()
         slots = [self._kept(self.merged(trial))] if isinstance(trial, Trial) else []
         if fitted is not None:
-            slots = [Slot(slot.origin, slot.layer, fitted, ("fitted", slot.history)) for slot in slots]
+            slots = [dataclasses.replace(slot, merged=fitted, history=("fitted", slot.history)) for slot in slots]
         self.slots[trial.at : trial.end] = slots
         del self.entering[trial.at + 1 :]
 
@@ -299,7 +309,7 @@ class Walk:
         """
         return [loss for measured in self.measure(trials, losses=True) if (loss := measured.loss) is not None]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def measure(self, trials: Sequence[Trial | Removal], *, losses: bool = False) -> list[Measured]:
         """What each of `trials` would do; one wait for the device for each `trials_ahead` of them.
 

@@ -1,5 +1,6 @@
 """The LightningModule: loads a model, trains it by next-token loss, keeps in a checkpoint what can't be made again."""
 
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class CausalLM(LightningModule):
         self.settings = settings
         self.weights_dtype = dtype
         self.model: PreTrainedModel | PeftModel | None = None
-        self.validation_loss = MeanMetric(nan_strategy="disable")  # else it leaves out batches whose loss is NaN
+        # by default a batch whose loss is NaN is left out, and "disable" forgets weights (torchmetrics 1.9)
+        self.validation_loss = MeanMetric(nan_strategy=math.inf)
         self._exact_buffers: dict[str, Tensor] = {}
 
     @property

@@ -143,11 +143,10 @@ def test_hyperparameters_are_those_of_the_recipe(seen: EventAccumulator, run: Ru
     assert (logged["data.block_size"], logged["data.train"]) == (32, "train.jsonl")
     metadata = seen.SummaryMetadata("_hparams_/session_start_info")
     shown = plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content)
-    numbers = {
-        name: v.number_value for name, v in shown.session_start_info.hparams.items() if v.HasField("number_value")
-    }
-    assert numbers["model.optimizer.learning_rate"] == 0.01
-    assert set(shown.session_start_info.hparams) == set(logged)
+    parameters = shown.session_start_info.hparams
+    assert parameters["model.optimizer.learning_rate"].number_value == 0.01
+    assert parameters["collapse.merge_rule"].string_value == "rdsc"
+    assert set(parameters) == set(logged)
 
 
 def test_interval_of_the_training_curve(project: Project) -> None:

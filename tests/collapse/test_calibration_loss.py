@@ -61,7 +61,7 @@ def test_of_a_trial_is_that_of_the_model_it_would_make(
     assert walk.losses(trials) == pytest.approx([oracle.loss(m, samples) for m in wanted], abs=1e-5)
     walk.accept(Removal(1, 2))
     walk.accept(Trial(0, 1))
-    walk.advance()
+    walk.states()
     cut = merge_layers(without(model, [1]), 0, 1, rule, merge_norms=False)
     assert walk.losses([Removal(2, 3)]) == pytest.approx([oracle.loss(without(cut, [2]), samples)], abs=1e-5)
 
@@ -86,7 +86,7 @@ def test_refused_where_it_is_not_the_models(tiny_llama: Llama, tiny_tokenizer: P
 
     model.forward = more
     wanted = CollapseSettings(strategy="sleb", target_depth=3, calibration=TEXTS)
-    with pytest.raises(InputError, match=r"^model\.source: the loss of llama"):
+    with pytest.raises(InputError, match=r"^model\.source: the loss of llama is more than"):
         collapse_model(model, tiny_tokenizer, wanted)
 
 

@@ -90,7 +90,7 @@ def test_many_samples_are_read_in_parts(
     walk = Walk(decoder_of(scramble(tiny_llama(layers=5), seed=3)), batch, WANTED)
     weights, tokens = fit.fit_layer(walk, 1, 2)
     assert tokens == fit.STEPS // 2 * batch.tokens
-    states = [*walk.original.entering, walk.advance()]
+    states = walk.states()
     call = walk.original.calls[1]
     with torch.no_grad():
         output = torch.func.functional_call(walk.decoder.stack[1], weights, states[1], call.kwargs)

@@ -164,7 +164,7 @@ def fit_layer(model: nn.Module, first: int, size: int, samples: Samples, *, step
         outputs = [lone.model(inputs_embeds=x[None], use_cache=False).last_hidden_state[0] for x in entering]
         return torch.cat([o - y for o, y in zip(outputs, leaving, strict=True)]).square().mean()
 
-    before = float(error())
+    before = error().item()
     for step in range(1, steps + 1):
         gradients = torch.autograd.grad(error(), parameters)
         with torch.no_grad():
@@ -173,7 +173,7 @@ def fit_layer(model: nn.Module, first: int, size: int, samples: Samples, *, step
                 v.mul_(0.999).addcmul_(g, g, value=0.001)
                 now = rate * (1 - (step - 1) / steps)
                 p.sub_(now * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8))
-    return Fit(layer, before, float(error()))
+    return Fit(layer, before, error().item())
 
 
 @dataclass(frozen=True)

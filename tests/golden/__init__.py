@@ -1,0 +1,1 @@
+"""Losses that a change which should change no numbers must not change."""
