@@ -1,6 +1,7 @@
 """Stops a run whose loss is no longer a number."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from laco_train.training.loss import Batch
 
 def not_finite(trainer: Trainer, step: int) -> TrainingStopped:
     """What to raise for a loss that was not finite once `step` optimizer steps were done."""
-    good = getattr(trainer.checkpoint_callback, "best_model_path", "") or "none was saved yet"
+    named = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+    # the one being saved when the loss was found out is named already, but never written
+    written = [named] if named.is_file() else sorted(named.parent.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    good = written[-1] if named.name and written else "none was saved yet"
     return TrainingStopped(
         f"the loss was not finite at step {step}; last good checkpoint: {good}; "
         "lower model.optimizer.learning_rate, set trainer.gradient_clip_val, or use trainer.precision bf16-mixed"

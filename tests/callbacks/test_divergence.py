@@ -1,5 +1,6 @@
 """A loss that is no number stops the run, names the step and the last good checkpoint, and exports nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 from tests.cli.runs import KEEP_ALL, Project
 
 
-def poisoned(project: Project, step: int, *arguments: str) -> str:
+def poisoned(project: Project, step: int, *arguments: str, saving: Sequence[str] = KEEP_ALL) -> str:
     """Break a weight after `step` optimizer steps; the one line that the run stops with."""
-    callbacks = ["--trainer.callbacks+=tests.cli.runs.Poison", f"--trainer.callbacks.step={step}"]
-    result = project("fit", "--recipe", "tiny.yaml", *KEEP_ALL, *callbacks, *arguments)
+    callbacks = [*saving, "--trainer.callbacks+=tests.cli.runs.Poison", f"--trainer.callbacks.step={step}"]
+    result = project("fit", "--recipe", "tiny.yaml", *callbacks, *arguments)
     assert result.code == 1
     lines = [line for line in result.err.splitlines() if line.startswith("laco_train: stopped: ")]
     assert lines == result.err.splitlines()[-1:]
@@ -43,6 +44,14 @@ def test_between_points_of_the_training_curve(project: Project) -> None:
     line = poisoned(project, 2, "--trainer.log_every_n_steps", "1000")
     assert "the loss was not finite at step 3;" in line  # seen at the validation after step 4
     assert [path.name for path in saved(project)] == ["epoch=0-step=2.ckpt"]
+
+
+def test_a_checkpoint_between_validations_is_not_broken(project: Project) -> None:
+    never = ["--trainer.log_every_n_steps", "1000", "--trainer.val_check_interval", "1000"]
+    line = poisoned(project, 2, *never, saving=[*KEEP_ALL, "--trainer.callbacks.every_n_train_steps=1"])
+    assert "the loss was not finite at step 3;" in line
+    assert [path.name for path in saved(project)] == ["epoch=0-step=1.ckpt", "epoch=0-step=2.ckpt"]
+    assert "epoch=0-step=2.ckpt;" in line
 
 
 def test_at_the_last_step(project: Project) -> None:

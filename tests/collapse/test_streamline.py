@@ -129,7 +129,11 @@ def test_plan_and_file_give_the_same_weights(
     assert hashlib.sha256(content).hexdigest() == plan.refined.sha256
     layer = plan.merges[0].layer
     names = {f"model.layers.{layer}.{name}" for name, _ in original.model.layers[0].named_parameters()}
-    assert set(safetensors.torch.load(content)) == names
+    tensors = safetensors.torch.load(content)
+    assert set(tensors) == names
+    for name, value in tensors.items():
+        assert torch.equal(model.get_parameter(name), value)
+        assert value.dtype == dtype
     read = CollapsePlan.load(tmp_path / "collapse_plan.json")
     assert read == plan
     assert_same_weights(apply_plan(copy.deepcopy(original), read), model)
