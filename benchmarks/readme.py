@@ -61,7 +61,7 @@ def search_table() -> str:
     sources = []
     for name in ("search", "search_cpu"):
         found = results(name)
-        for row in found["rows"]:
+        for row in (row for row in found["rows"] if "deepcopy_s" in row):
             gib = [row["deepcopy_peak_gib"], row["peak_gib"]]
             peaks = " | ".join(f"{peak:.1f} GiB" if peak else "" for peak in gib)
             lines.append(
@@ -71,6 +71,23 @@ def search_table() -> str:
             )
         sources.append(f"- {source_line(found)}")
     return "\n".join([*lines, "", *sources])
+
+
+def stream_table() -> str:
+    """The search with weights in host memory and the GPU limited."""
+    found = results("search")
+    lines = [
+        "| case | tried, accepted | GPU limit | peak | moved | seconds | bound | seconds / bound | agree |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in (row for row in found["rows"] if "bound_s" in row):
+        lines.append(
+            f"| {row['case'].removeprefix('stream_')} | {row['candidates']}, {row['accepted']} "
+            f"| {row['limit_gib']:.0f} GiB | {row['peak_gib']:.1f} GiB | {row['moved_gib']:.1f} GiB "
+            f"| {row['ours_s']:.2f} | {row['bound_s']:.2f} | {row['ratio_to_bound']:.2f} "
+            f"| {'yes' if row['same_decisions'] else 'no'} |"
+        )
+    return "\n".join([*lines, "", f"- {source_line(found)}"])
 
 
 def families_section() -> str:
@@ -83,6 +100,7 @@ def families_section() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "results": collapse_table,
     "search": search_table,
+    "stream": stream_table,
     "families": families_section,
 }
 

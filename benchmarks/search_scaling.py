@@ -5,7 +5,8 @@
 A search that accepts nothing at C, L = 1, H = depth tries depth - C candidates; each runs its merged layer and the
 layers after its window. With the original's own pass (and its last layer once more) these are
 depth + 1 + (depth - C)(depth - C + 3) / 2 layer runs: quadratic in depth. Each is linear in tokens for samples of one
-length. Times are CPU seconds of one thread, so that other work on the machine does not count; runs take turns.
+length. Times are CPU seconds of one thread, so that other work on the machine does not count; runs take turns. They
+include page faults, as malloc gives large activations back after each layer: a tenth more a token at 2,048 tokens.
 """
 
 import argparse

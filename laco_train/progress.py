@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from laco_train.collapse.plan import Candidate
+from laco_train.settings import CollapseSettings
 
 
 def bar() -> Progress:
@@ -23,20 +24,24 @@ def bar() -> Progress:
 
 
 @contextmanager
-def search_progress(lowest_layer: int) -> Iterator[Callable[[Candidate], None]]:
-    """A bar over the layers that a search still has to try; yields what `collapse_model` calls after each candidate.
+def search_progress(settings: CollapseSettings) -> Iterator[Callable[[Candidate], None]]:
+    """A bar over what a search still has to try; yields what `collapse_model` calls after each candidate.
 
-    Args:
-        lowest_layer: L, counted from 1, where the search ends.
+    Algorithm 1 at one threshold ends at a known layer; how much other searches try is not known before.
     """
+    known = settings.strategy == "laco" and settings.target_depth is None and settings.target_ratio is None
     with bar() as progress:
         task = progress.add_task("Searching for layers to collapse", total=None)
-        first: list[int] = []
+        tried: list[int] = []
 
         def on_candidate(candidate: Candidate) -> None:
-            first.append(candidate.layer)
-            total = first[0] - (lowest_layer - 1) + 1
-            progress.update(task, total=total, completed=first[0] - candidate.layer + 1)
+            tried.append(candidate.layer)
+            if known:
+                total = tried[0] - (settings.lowest_layer - 1) + 1
+                progress.update(task, total=total, completed=tried[0] - candidate.layer + 1)
+            else:
+                progress.update(task, completed=len(tried))
 
         yield on_candidate
-        progress.update(task, total=max(len(first), 1), completed=max(len(first), 1))
+        done = max(len(tried), 1)
+        progress.update(task, total=done, completed=done)

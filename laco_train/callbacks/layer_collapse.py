@@ -54,7 +54,7 @@ class LayerCollapse(Callback):
         model: Any = pl_module.lm
         device = trainer.strategy.root_device
         if self.plan is not None:
-            apply_plan(model, self.plan)
+            apply_plan(model, self.plan, weights_follow=True)
         else:
             streamed = placement_for(decoder_of(model), self.settings, device) == "stream"
             if stage == "fit" and streamed:
@@ -86,7 +86,7 @@ class LayerCollapse(Callback):
     def _collapse(self, pl_module: CausalLM, device: torch.device) -> CollapsePlan:
         s = pl_module.settings
         tokenizer = load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)
-        with search_progress(self.settings.lowest_layer) as on_candidate:
+        with search_progress(self.settings) as on_candidate:
             _, plan = collapse_model(
                 pl_module.lm,  # type: ignore[arg-type]
                 tokenizer,

@@ -60,7 +60,7 @@ def run(args: list[str]) -> None:
     print(f"Loading {s.source} as {str(dtype).removeprefix('torch.')}", flush=True)
     model = load_model(s.source, dtype=dtype, trust_remote_code=s.trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with search_progress(collapse_settings.lowest_layer) as on_candidate:
+    with search_progress(collapse_settings) as on_candidate:
         model, plan = collapse_model(
             model, tokenizer, collapse_settings, source=s.source, device=device, on_candidate=on_candidate
         )

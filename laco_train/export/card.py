@@ -96,8 +96,12 @@ def _layers(plan: CollapsePlan) -> str:
 
 
 def _how_chosen(plan: CollapsePlan) -> str:
-    if plan.strategy != "laco":
+    if plan.strategy == "remove":
         return "The layers were named by hand."
+    if plan.strategy == "none":
+        return "No layer was removed."
+    if plan.strategy != "laco":
+        return f"Chosen by the strategy `{plan.strategy}`, down to {plan.depth} layers."
     letters = {
         "C": "layers_per_merge",
         "L": "lowest_layer",

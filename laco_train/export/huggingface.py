@@ -93,7 +93,7 @@ def write_folder(
         duplicate.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if plan is not None:
-            plan.save(folder / PLAN_FILE)
+            plan.save(folder / PLAN_FILE, weights=False)  # the folder's own weights hold what was fitted
         (folder / "README.md").write_text(model_card(card, plan), encoding="utf-8")
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())

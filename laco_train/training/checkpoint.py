@@ -102,7 +102,7 @@ def restore(checkpoint: TrainingCheckpoint) -> tuple[Any, PreTrainedTokenizerBas
     s = checkpoint.model
     module = CausalLM(s, checkpoint.dtype)
     module.configure_model()
-    apply_plan(module.lm, checkpoint.plan)  # type: ignore[arg-type]
+    apply_plan(module.lm, checkpoint.plan, weights_follow=True)  # type: ignore[arg-type]
     module.setup("fit")
     module.on_load_checkpoint({"state_dict": checkpoint.state_dict})
     module.load_state_dict(checkpoint.state_dict, strict=False)
