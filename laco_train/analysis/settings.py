@@ -18,7 +18,7 @@ class SweepSettings:
     highest_layer: list[int] | None = None
     """H: values to try; each L + C to the depth; null: that of collapse."""
     similarity_thresholds: list[float] | None = None
-    """T: values to try; each -1 to 1; null: 0.9, 0.8, 0.7, 0.6, 0.5 and 0.4."""
+    """T: values to try; each -1 to 1; null: 0.95, 0.9, 0.85, 0.8, 0.7, 0.6 and 0.5."""
     min_interval: list[int] | None = None
     """I: values to try; each 1 or more; null: that of collapse."""
     max_loss_increase: float = 1.0

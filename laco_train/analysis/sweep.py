@@ -16,7 +16,7 @@ from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings
 
 _LAYERS_PER_MERGE = (2, 3, 4)
-_THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+_THRESHOLDS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 # Layer Collapse at a threshold, and nothing that contradicts it
 _PLAIN: dict[str, Any] = {
     "strategy": "laco",

@@ -10,11 +10,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from laco_train.collapse import CollapsePlan, apply_plan, collapse_model, decoder_of, placement_for
 from laco_train.collapse.report import describe, similarity_figure
+from laco_train.collapse.similarity import read_calibration
 from laco_train.models import load_tokenizer
 from laco_train.progress import bar, search_progress
 from laco_train.settings import CollapseSettings
 from laco_train.training.loss import MeanLoss, mean_loss
 from laco_train.training.module import CHECKPOINT_KEY, CausalLM
+from laco_train.training.overlap import occurring, text_of
 
 
 class LayerCollapse(Callback):
@@ -63,6 +65,8 @@ class LayerCollapse(Callback):
                 model.to(device)
                 self.losses["original"] = self._measure(trainer, pl_module, "original model").loss
             self.plan = self._collapse(pl_module, device)
+            if stage == "fit" and self.plan.calibration is not None:
+                self._report_overlap(trainer, pl_module)
             if stage == "fit":
                 model.to(device)
                 self.losses["collapsed"] = self._measure(trainer, pl_module, "collapsed model").loss
@@ -98,6 +102,18 @@ class LayerCollapse(Callback):
         for line in describe(plan):
             print(line, flush=True)
         return plan
+
+    def _report_overlap(self, trainer: Trainer, pl_module: CausalLM) -> None:
+        s = pl_module.settings
+        tokenizer = load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)
+        blocks = trainer.datamodule.validation_blocks["input_ids"]  # type: ignore[attr-defined]
+        found = occurring(read_calibration(self.settings.calibration), text_of(blocks, tokenizer))
+        if found:
+            print(
+                f"Warning: {len(found)} calibration samples also occur in the validation data, "
+                f"so that its losses flatter the choice of layers: {found[0][:60]!r}",
+                flush=True,
+            )
 
     def _measure(self, trainer: Trainer, pl_module: CausalLM, what: str) -> MeanLoss:
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]

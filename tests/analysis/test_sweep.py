@@ -56,7 +56,7 @@ def test_outcomes_are_those_of_one_collapse_each(
 def test_grid_leaves_out_what_does_not_fit_and_what_contradicts_a_threshold() -> None:
     grid = sweep_grid(SweepSettings(enabled=True), dataclasses.replace(BASE, lowest_layer=3), 6)
     assert {(s.layers_per_merge, s.highest_layer, s.target_depth) for s in grid} == {(2, 6, None), (3, 6, None)}
-    assert [s.similarity_threshold for s in grid[:6]] == [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    assert [s.similarity_threshold for s in grid[:7]] == [0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5]
 
 
 @pytest.mark.parametrize(
