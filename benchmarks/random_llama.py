@@ -10,6 +10,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -49,11 +50,10 @@ def _texts() -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def build(shape: str, output: Path, device: str) -> None:
-    """Write the folder, bfloat16."""
+def random_model(shape: str, device: torch.device, **config: Any) -> LlamaForCausalLM:
+    """Random bfloat16 weights of a Llama shape, in eval mode, seeded; `config` overrides."""
     hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
-    tokenizer = train_tokenizer(32_000)
-    config = LlamaConfig(
+    values = LlamaConfig(
         vocab_size=32_000,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -62,15 +62,21 @@ def build(shape: str, output: Path, device: str) -> None:
         num_key_value_heads=kv_heads,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         dtype=torch.bfloat16,
+        **config,
     )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = LlamaForCausalLM(config)
+    with device:
+        model = LlamaForCausalLM(values).eval()
     torch.set_default_dtype(torch.float32)
+    return model
+
+
+def build(shape: str, output: Path, device: torch.device) -> None:
+    """Write the folder, bfloat16."""
+    tokenizer = train_tokenizer(32_000)
+    model = random_model(shape, device, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     print(f"{output}: {model.num_parameters():,} parameters, {len(tokenizer)} tokenizer entries")
@@ -81,4 +87,4 @@ if __name__ == "__main__":
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    build(options.shape, options.output, "cuda" if torch.cuda.is_available() else "cpu")
+    build(options.shape, options.output, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 from common import machine, write_results
-from random_llama import SHAPES
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_llama import random_model
 
 from laco_train.collapse.decoder import decoder_of, keep_layers
 from laco_train.collapse.merge import RULES, is_norm
@@ -51,26 +50,6 @@ def random_sentences(vocabulary: int, count: int = 10, shortest: int = 10, longe
     ids = torch.randint(0, vocabulary, (count, longest), generator=generator)
     mask = (torch.arange(longest)[None] < lengths[:, None]).long()
     return CalibrationBatch(ids * mask, mask, "random")
-
-
-def random_llama(shape: str, device: torch.device) -> LlamaForCausalLM:
-    """Random bfloat16 weights of a Llama shape."""
-    hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with device:
-        model = LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
 
 
 @torch.no_grad()
@@ -260,7 +239,7 @@ def main() -> None:
         settings = CollapseSettings(layers_per_merge=2, similarity_threshold=0.60)
         cases = [Case("smollm2_135m", model, batch, settings)]
     else:
-        model = random_llama("7b" if options.case == "llama2_7b" else "tiny", device)
+        model = random_model("7b" if options.case == "llama2_7b" else "tiny", device)
         batch = random_sentences(32_000)
         some = CollapseSettings(layers_per_merge=4, similarity_threshold=-1.0, lowest_layer=16)
         cases = [

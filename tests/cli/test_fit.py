@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from laco_train.collapse import CollapsePlan, collapse_model
 from laco_train.models import load_model, load_tokenizer
 from laco_train.settings import CollapseSettings
-from tests.cli.runs import CALIBRATION, TRAIN, Project, Run, write_lines
+from tests.cli.runs import CALIBRATION, TRAIN, VALIDATION, Project, Run, write_lines
 
 COLLAPSE = CollapseSettings(layers_per_merge=2, similarity_threshold=0.3, calibration=CALIBRATION)
 
@@ -175,3 +175,10 @@ def test_fit_fails_where_the_export_would_not_fit(project: Project) -> None:
     again = project(*options)
     assert (again.code, project.files()) == (2, before)
     assert again.err.startswith("laco_train: error: export: ")
+
+
+def test_calibration_text_in_the_validation_data_is_reported(project: Project) -> None:
+    both = json.dumps([VALIDATION[3], CALIBRATION[0]])
+    said = project.fit("--collapse.calibration", both, "--export.enabled", "false").result.out
+    assert "Warning: 1 calibration samples also occur in the validation data" in said
+    assert "also occur" not in project.fit("--export.enabled", "false").result.out

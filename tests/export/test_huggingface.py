@@ -164,7 +164,7 @@ def test_failed_write_is_one_line_and_leaves_nothing(
     facts: CardFacts,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def disk_full(*_: object) -> None:
+    def disk_full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     model, plan = collapsed()
