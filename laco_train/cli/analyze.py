@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from jsonargparse import SUPPRESS, ActionConfigFile
+from typing import TYPE_CHECKING
 
 from laco_train.analysis.settings import SweepSettings, check_sweep
-from laco_train.cli.parsing import VerbParser, add_recipe_flag, resolve_arguments
+from laco_train.cli.parsing import VerbParser, resolve_arguments, verb_parser
 from laco_train.settings import CollapseSettings, ModelSettings, check_collapse, check_model
 
 if TYPE_CHECKING:
@@ -22,20 +20,9 @@ if TYPE_CHECKING:
 
 def parser() -> VerbParser:
     """The verb's parser; sections that only training reads are accepted and left alone."""
-    p = VerbParser(
-        prog="laco_train analyze",
-        description="Compare the layers of a model, and sweep over settings of the collapse; the model stays as it is.",
-        print_config="--print_config",
-    )
-    add_recipe_flag(p, ActionConfigFile)
-    p.add_argument("--output", type=str, required=True, help="Folder to write; must not exist or be empty.")
-    p.add_class_arguments(ModelSettings, "model")
-    p.add_class_arguments(CollapseSettings, "collapse")
-    p.add_class_arguments(SweepSettings, "sweep")
-    for section in ("data", "trainer", "export"):
-        p.add_argument(f"--{section}", type=dict[str, Any], default={}, help=SUPPRESS)
-    p.add_argument("--seed_everything", type=bool | int, default=0, help=SUPPRESS)
-    return p
+    sections = {"model": ModelSettings, "collapse": CollapseSettings, "sweep": SweepSettings}
+    description = "Compare the layers of a model, and sweep over settings of the collapse; the model stays as it is."
+    return verb_parser("analyze", description, sections, unread=("data", "trainer", "export"))
 
 
 def run(args: list[str]) -> None:
@@ -60,12 +47,13 @@ def run(args: list[str]) -> None:
 
     from laco_train.analysis.page import headline
     from laco_train.analysis.write import write_analysis
+    from laco_train.collapse.families import depth_of
     from laco_train.models import load_config, load_model, load_tokenizer
     from laco_train.precision import weights_dtype
     from laco_train.progress import bar
 
     s = model_settings
-    depth = load_config(s.source, trust_remote_code=s.trust_remote_code).num_hidden_layers
+    depth = depth_of(load_config(s.source, trust_remote_code=s.trust_remote_code))
     check_sweep(sweep_settings, depth)
     tokenizer = load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)
     dtype = weights_dtype(s.dtype, str(config.trainer.get("precision") or "32-true"))

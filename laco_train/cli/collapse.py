@@ -1,30 +1,16 @@
 """`collapse --recipe R --output DIR`: search and write, no training."""
 
 from pathlib import Path
-from typing import Any
 
-from jsonargparse import SUPPRESS, ActionConfigFile
-
-from laco_train.cli.parsing import VerbParser, add_recipe_flag, resolve_arguments
+from laco_train.cli.parsing import VerbParser, resolve_arguments, verb_parser
 from laco_train.settings import CollapseSettings, ExportSettings, ModelSettings, check_collapse, check_model
 
 
 def parser() -> VerbParser:
     """The verb's parser; sections that only training reads are accepted and left alone."""
-    p = VerbParser(
-        prog="laco_train collapse",
-        description="Collapse a model and write it as a Hugging Face folder, without training.",
-        print_config="--print_config",
-    )
-    add_recipe_flag(p, ActionConfigFile)
-    p.add_argument("--output", type=str, required=True, help="Folder to write; must not exist or be empty.")
-    p.add_class_arguments(ModelSettings, "model")
-    p.add_class_arguments(CollapseSettings, "collapse")
-    p.add_class_arguments(ExportSettings, "export")
-    for section in ("data", "trainer"):
-        p.add_argument(f"--{section}", type=dict[str, Any], default={}, help=SUPPRESS)
-    p.add_argument("--seed_everything", type=bool | int, default=0, help=SUPPRESS)
-    return p
+    sections = {"model": ModelSettings, "collapse": CollapseSettings, "export": ExportSettings}
+    description = "Collapse a model and write it as a Hugging Face folder, without training."
+    return verb_parser("collapse", description, sections, unread=("data", "trainer"))
 
 
 def run(args: list[str]) -> None:

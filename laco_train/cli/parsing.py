@@ -1,10 +1,11 @@
 """What the parsers of all verbs share: one-line errors, and recipes found by name. Imports no torch."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from laco_train.errors import InputError
 from laco_train.recipes import find_recipe
@@ -82,13 +83,33 @@ def _refuse_binary(path: Path) -> None:
         raise InputError("--recipe", f"{path} is not text; name a recipe in YAML") from None
 
 
-def add_recipe_flag(parser: ArgumentParser, action: Any) -> None:
+def verb_parser(verb: str, description: str, sections: Mapping[str, type], unread: Sequence[str]) -> VerbParser:
+    """Parser of a verb that reads a recipe and writes a folder, without a Trainer.
+
+    Args:
+        verb: its name.
+        description: what it does, for --help.
+        sections: the recipe's sections that it reads, and the dataclass of each.
+        unread: sections that only training reads, accepted and left alone.
+    """
+    p = VerbParser(prog=f"laco_train {verb}", description=description, print_config="--print_config")
+    add_recipe_flag(p)
+    p.add_argument("--output", type=str, required=True, help="Folder to write; must not exist or be empty.")
+    for name, settings in sections.items():
+        p.add_class_arguments(settings, name)
+    for name in unread:
+        p.add_argument(f"--{name}", type=dict[str, Any], default={}, help=SUPPRESS)
+    p.add_argument("--seed_everything", type=bool | int, default=0, help=SUPPRESS)
+    return p
+
+
+def add_recipe_flag(parser: ArgumentParser) -> None:
     """The option that reads a recipe, under the names users try."""
     parser.add_argument(
         "--recipe",
         "-r",
         "--config",
         "-c",
-        action=action,
+        action=ActionConfigFile,
         help="Recipe: a path, a name under ./recipes, or a shipped one.",
     )

@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -21,6 +20,7 @@ from laco_train.cli.parsing import OneLineErrors, add_recipe_flag, resolve_argum
 from laco_train.cli.quiet import quieten
 from laco_train.cli.summary import print_summary, write_summary
 from laco_train.collapse import CollapsePlan
+from laco_train.collapse.families import depth_of
 from laco_train.collapse.similarity import read_calibration
 from laco_train.errors import InputError
 from laco_train.export import CardFacts, export_folder, refuse_nonempty, save_adapter
@@ -102,7 +102,7 @@ class RecipeCLI(LightningCLI):
         """A parser that reads a recipe under --recipe."""
         kwargs.setdefault("print_config", "--print_config")
         parser = self.parser_class(**kwargs)
-        add_recipe_flag(parser, ActionConfigFile)
+        add_recipe_flag(parser)
         return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -143,7 +143,7 @@ class RecipeCLI(LightningCLI):
         check_data(self.data_settings, getattr(config, "max_position_embeddings", None))
         if self.collapse.plan is not None:
             return
-        check_collapse(self.collapse_settings, config.num_hidden_layers)
+        check_collapse(self.collapse_settings, depth_of(config))
         if self.collapse_settings.plan is None and self.collapse_settings.remove is None:
             read_calibration(self.collapse_settings.calibration)
 
