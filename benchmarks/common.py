@@ -42,6 +42,17 @@ def header() -> dict[str, Any]:
     }
 
 
+def append_rows(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Add `rows`, each with a header of its own, to NAME.json, in place of earlier ones of the same case."""
+    path = folder / f"{name}.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    cases = {row["case"] for row in rows}
+    kept = [row for row in found["rows"] if row["case"] not in cases]
+    found["rows"] = [*kept, *({**row, **header()} for row in rows)]
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
 def write_results(name: str, rows: Any, folder: Path = RESULTS) -> Path:
     """Write `rows` under their header as NAME.json; returns the path."""
     path = folder / f"{name}.json"

@@ -58,18 +58,19 @@ def search_table() -> str:
         "| case | tried, accepted | deep copies | ours | ratio | peak, copies | peak, ours | weights | agree |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    sources = []
-    for name in ("search", "search_cpu"):
-        found = results(name)
-        for row in (row for row in found["rows"] if "deepcopy_s" in row):
-            gib = [row["deepcopy_peak_gib"], row["peak_gib"]]
-            peaks = " | ".join(f"{peak:.1f} GiB" if peak else "" for peak in gib)
-            lines.append(
-                f"| {row['case']} | {row['candidates']}, {row['accepted']} | {row['deepcopy_s']:.1f} s "
-                f"| {row['ours_s']:.2f} s | {row['speedup']:.0f} | {peaks} | {row['weights_gib']:.1f} GiB "
-                f"| {'yes' if row['same_decisions'] else 'no'} |"
-            )
-        sources.append(f"- {source_line(found)}")
+    found = results("search")
+    sources = [f"- {source_line(found)}"]
+    for row in found["rows"]:
+        if "deepcopy_s" not in row:
+            continue
+        if "machine" in row:
+            sources.append(f"- {row['case']}: {source_line(row)}")
+        peaks = " | ".join(f"{peak:.1f} GiB" if peak else "" for peak in (row["deepcopy_peak_gib"], row["peak_gib"]))
+        lines.append(
+            f"| {row['case']} | {row['candidates']}, {row['accepted']} | {row['deepcopy_s']:.1f} s "
+            f"| {row['ours_s']:.2f} s | {row['speedup']:.0f} | {peaks} | {row['weights_gib']:.1f} GiB "
+            f"| {'yes' if row['same_decisions'] else 'no'} |"
+        )
     return "\n".join([*lines, "", *sources])
 
 

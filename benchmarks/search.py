@@ -1,7 +1,7 @@
 """Layer Collapse's search: the deep-copy procedure of the published code and ours, in one run, decisions compared.
 
     python benchmarks/search.py                 # on a GPU: Llama-2-7B shape, random weights, bfloat16
-    python benchmarks/search.py --case smollm2  # on a CPU: SmolLM2-135M, float32
+    python benchmarks/search.py --case smollm2 --append search  # on a CPU: SmolLM2-135M, float32
 
 On a GPU it then limits the process to 4 GiB and searches again with the weights streamed from host memory.
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import machine, write_results
+from common import append_rows, machine, write_results
 from random_llama import random_model
 
 from laco_train.collapse.decoder import decoder_of, keep_layers
@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--limit-gib", type=float, default=4.0, help="GPU memory of the streamed search")
     parser.add_argument("--output", default=None, help="name of the results file; none: print only")
+    parser.add_argument("--append", default=None, help="name of a results file of another machine to add the rows to")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -250,7 +251,9 @@ def main() -> None:
     if device.type == "cuda":
         rate = pinned_rate(device)
         rows += [measure_stream(case, rate, options.limit_gib, options.runs) for case in cases]
-    if options.output:
+    if options.append:
+        print(append_rows(options.append, rows))
+    elif options.output:
         print(write_results(options.output, rows))
 
 
