@@ -39,6 +39,7 @@ def mean(base: Tensor, rest: Sequence[Tensor]) -> Tensor:
 
 
 RULES: dict[str, Rule] = {"rdsc": rdsc, "last": last, "mean": mean}
+_FUSED = ("rdsc", "mean")  # the rules that merge_kernel knows
 DROP = "drop"  # no arithmetic: layer l stays as it is and the others go
 FITTED = "fitted"  # no arithmetic: the merged layer is trained, and its weights come in a file
 
@@ -64,7 +65,7 @@ def merge_tensors(rule: str, base: Tensor, rest: Sequence[Tensor]) -> Tensor:
     """Merge tensors of one shape by `rule`, rounding once to the dtype of `base`; little memory beside the result."""
     if rule == "last":
         return rest[-1].detach().clone()
-    if _fusible(base, rest):
+    if rule in _FUSED and _fusible(base, rest):
         from laco_train.collapse.merge_kernel import fused_sum  # needs Triton, which only GPU machines have
 
         return fused_sum(rule, base, rest)
