@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from laco_train.collapse.walk import Removal, Walk
+from laco_train.collapse.slots import Removal
+from laco_train.collapse.walk import Walk
 
 # Numbers held in float64 at a time: 64 MiB.
 _CHUNK = 1 << 23

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from laco_train.analysis.settings import SweepSettings, check_sweep
 from laco_train.collapse.plan import Candidate
 from laco_train.collapse.search import laco
-from laco_train.collapse.walk import Measured, Walk
+from laco_train.collapse.slots import Measured
+from laco_train.collapse.walk import Walk
 from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings
 

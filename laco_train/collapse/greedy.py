@@ -12,7 +12,8 @@ from laco_train.collapse.choice import Choice, OnCandidate, Tried
 from laco_train.collapse.merge import DROP
 from laco_train.collapse.plan import Candidate, Merge
 from laco_train.collapse.search import DEFAULT_THRESHOLD, refuse_if_all_skipped, refuse_unmergeable
-from laco_train.collapse.walk import Measured, Removal, Trial, Walk
+from laco_train.collapse.slots import Measured, Removal, Trial
+from laco_train.collapse.walk import Walk
 from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings
 

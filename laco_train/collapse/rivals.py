@@ -16,7 +16,8 @@ from laco_train.collapse.choice import Choice, Fitted, OnCandidate, Tried
 from laco_train.collapse.fit import fit_layer
 from laco_train.collapse.merge import DROP, FITTED
 from laco_train.collapse.plan import Candidate, Merge
-from laco_train.collapse.walk import Removal, Trial, Walk
+from laco_train.collapse.slots import Removal, Trial
+from laco_train.collapse.walk import Walk
 from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from laco_train.collapse.merge import DROP
 from laco_train.collapse.plan import Candidate
-from laco_train.collapse.walk import Trial, Walk
+from laco_train.collapse.slots import Trial
+from laco_train.collapse.walk import Walk
 from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings
 

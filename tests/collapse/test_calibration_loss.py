@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 
 from laco_train.collapse import collapse_model, decoder_of
 from laco_train.collapse.similarity import calibration_batch
-from laco_train.collapse.walk import Removal, Trial, Walk
+from laco_train.collapse.slots import Removal, Trial
+from laco_train.collapse.walk import Walk
 from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings
 from tests.collapse.helpers import ALL_KEPT, RULES, TEXTS, scramble, token_ids
