@@ -3,6 +3,7 @@
 Issue 4: a model larger than the GPU is searched with about C + 2 of its layers on it.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -200,11 +201,13 @@ def rest_on(decoder: Decoder, device: torch.device) -> Iterator[None]:
 
 def _page_lock(decoder: Decoder) -> list[int]:
     """Page-lock the layers' storages where they lie, so that copies run at full speed; returns their addresses."""
-    locked = []
+    locked: list[int] = []
     for parameter in decoder.stack.parameters():
         storage = parameter.untyped_storage()
         if parameter.is_cuda or parameter.is_pinned() or storage.data_ptr() in locked:
             continue
-        if int(torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)) == 0:
-            locked.append(storage.data_ptr())
+        if int(torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)) != 0:
+            warnings.warn("host memory could not be page-locked, so streaming will be slower", stacklevel=2)
+            return locked
+        locked.append(storage.data_ptr())
     return locked

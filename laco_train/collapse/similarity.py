@@ -146,7 +146,9 @@ def original_states(decoder: Decoder, batch: CalibrationBatch) -> OriginalStates
     walked = hidden if decoder.norm is None else decoder.norm(hidden)
     if not torch.equal(walked[batch.mask.bool()], final[batch.mask.bool()]):
         worst = (walked - final).abs().max().item()
-        if not worst <= 1e-2 * final.abs().max().item():
+        # the same arithmetic twice: only rounding may differ, where a device does not repeat itself
+        within = 1e-5 if final.dtype == torch.float32 else 1e-2
+        if not worst <= within * final.abs().max().item():
             kind = model.config.model_type
             raise InputError("model.source", f"{kind} does more after its last layer than a norm (off by {worst:.1e})")
     return OriginalStates(entering, calls, final, tuple_outputs=isinstance(last, tuple), output=output)
