@@ -10,7 +10,8 @@ from laco_train.errors import InputError
 
 MergeRule = Literal["rdsc", "last", "mean", "drop"]
 Strategy = Literal["laco", "greedy", "shortgpt", "angular", "sleb", "tail", "streamline", "none"]
-Method = Literal["full", "lora"]
+Method = Literal["full", "lora", "last_layers"]
+SmallUpdates = Literal["stochastic", "float32", "nearest"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -42,6 +43,12 @@ class OptimizerSettings:
     """Decay rate of the second moment, per optimizer step; 0 to below 1."""
     epsilon: float = 1e-8
     """Added to the denominator; above 0."""
+    small_updates: SmallUpdates = "stochastic"
+    """Of bfloat16 weights: round stochastically; float32: keep the 16 bits that bfloat16 drops; nearest: lose them."""
+    eight_bit: bool = False
+    """Keep both moments in 8 bits (torchao, on a GPU): a fraction of the memory, a little slower."""
+    max_skipped_steps: int = 10
+    """A step with non-finite gradients is skipped; training stops after so many in a row; 1 or more."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +62,39 @@ class ScheduleSettings:
 
 
 @dataclass(frozen=True)
+class DistillSettings:
+    """Learn from the original model too; both weights 0: from the text alone."""
+
+    logits: float = 0.0
+    """Share of the loss that is the divergence from the teacher's next-token distribution; 0 to 1."""
+    temperature: float = 1.0
+    """Softens both distributions of that divergence; above 0."""
+    hidden: float = 0.0
+    """Weight of the error of hidden states, at each layer against the last original layer it stands for; 0 or more."""
+    teacher: str | None = None
+    """Model to learn from, like model.source and of the same vocabulary and width; null: model.source itself."""
+    precomputed: bool = False
+    """Compute what the teacher says before training and keep it on disk; false: the teacher stays on the device."""
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """Which model, and how it is trained after the collapse."""
 
     source: str
     """Hub id, local folder, .gguf file, or package:NAME/FILE.gguf for a file that an installed package ships."""
     method: Method = "full"
-    """full: train every weight; lora: train adapters (see lora)."""
+    """full: train every weight; lora: train adapters (see lora); last_layers: the last few layers and the head."""
+    last_layers: int = 4
+    """Decoder layers that train, counted from the end, when method is last_layers; 1 to the depth left."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Low-rank adapters; read when method is lora."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     """AdamW."""
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     """Learning rate over the run."""
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    """Learn from the original model too."""
     dtype: Dtype = "auto"
     """Type of the loaded weights; auto: that of trainer.precision where it ends in -true, else float32."""
     trust_remote_code: bool = False
@@ -143,6 +170,24 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class SpeedSettings:
+    """How the arithmetic is done; none of it changes what is computed, beyond rounding."""
+
+    kernels: Literal["auto", "fused", "plain"] = "auto"
+    """fused: fused kernels, compiled layers, attention by documents; plain: Transformers' own; auto: fused on a GPU."""
+    checkpointing: Literal["auto", "none", "all"] = "auto"
+    """Layers that recompute in the backward pass; auto: as many as the measured memory asks for, none on the CPU."""
+
+
+@dataclass(frozen=True)
+class BudgetSettings:
+    """When a run ends, beside trainer.max_steps and trainer.max_epochs: the first reached wins."""
+
+    max_tokens: int | None = None
+    """Tokens to train on, over all devices, padding included; the step that reaches it is the last; null: no limit."""
+
+
+@dataclass(frozen=True)
 class ExportSettings:
     """The Hugging Face folder that a run leaves."""
 
@@ -170,10 +215,28 @@ def check_model(s: ModelSettings) -> None:
     check_static("model.optimizer.epsilon", o.epsilon > 0, f"must be above 0, is {o.epsilon}")
     check_static("model.schedule.warmup_steps", c.warmup_steps >= 0, f"must be 0 or more, is {c.warmup_steps}")
     check_static("model.schedule.final_ratio", 0 <= c.final_ratio <= 1, f"must be 0 to 1, is {c.final_ratio}")
+    check_static(
+        "model.optimizer.max_skipped_steps", o.max_skipped_steps >= 1, f"must be 1 or more, is {o.max_skipped_steps}"
+    )
+    check_static("model.last_layers", s.last_layers >= 1, f"must be 1 or more, is {s.last_layers}")
+    check_distill(s.distill)
     check_static("model.lora.rank", lora.rank >= 1, f"must be 1 or more, is {lora.rank}")
     check_static("model.lora.alpha", lora.alpha >= 1, f"must be 1 or more, is {lora.alpha}")
     check_static("model.lora.dropout", 0 <= lora.dropout < 1, f"must be 0 to below 1, is {lora.dropout}")
     check_static("model.lora.targets", bool(lora.targets), "is empty; name modules or say all-linear")
+
+
+def check_distill(s: DistillSettings) -> None:
+    """Refuse distillation settings that no teacher could satisfy."""
+    check_static("model.distill.logits", 0 <= s.logits <= 1, f"must be 0 to 1, is {s.logits}")
+    check_static("model.distill.temperature", s.temperature > 0, f"must be above 0, is {s.temperature}")
+    check_static("model.distill.hidden", s.hidden >= 0, f"must be 0 or more, is {s.hidden}")
+
+
+def check_budget(s: BudgetSettings) -> None:
+    """Refuse a budget that allows no step."""
+    enough = s.max_tokens is None or s.max_tokens >= 1
+    check_static("budget.max_tokens", enough, f"must be 1 or more, is {s.max_tokens}")
 
 
 def check_collapse(s: CollapseSettings, depth: int | None = None) -> None:

@@ -27,10 +27,13 @@ from laco_train.export import CardFacts, export_folder, refuse_nonempty, save_ad
 from laco_train.models import load_config, load_tokenizer
 from laco_train.precision import named_dtype, weights_dtype
 from laco_train.settings import (
+    BudgetSettings,
     CollapseSettings,
     DataSettings,
     ExportSettings,
     ModelSettings,
+    SpeedSettings,
+    check_budget,
     check_collapse,
     check_data,
     check_model,
@@ -39,7 +42,14 @@ from laco_train.training.checkpoint import read_checkpoint
 from laco_train.training.data import PackedText
 from laco_train.training.module import CausalLM
 
-_SECTIONS = {"model": ModelSettings, "collapse": CollapseSettings, "data": DataSettings, "export": ExportSettings}
+_SECTIONS = {
+    "model": ModelSettings,
+    "collapse": CollapseSettings,
+    "data": DataSettings,
+    "budget": BudgetSettings,
+    "speed": SpeedSettings,
+    "export": ExportSettings,
+}
 CONFIG_FILE = "config.yaml"
 """In a run's folder: the whole recipe as it ran; there once the run has begun."""
 _TRAINER_DEFAULTS = {
@@ -125,11 +135,14 @@ class RecipeCLI(LightningCLI):
         check_model(self.model_settings)
         check_collapse(self.collapse_settings)
         check_data(self.data_settings)
+        self.budget_settings: BudgetSettings = self._get(self.config_init, "budget")
+        self.speed_settings: SpeedSettings = self._get(self.config_init, "speed")
+        check_budget(self.budget_settings)
         s = self.model_settings
         precision = str(self._get(self.config_init, "trainer").get("precision") or "32-true")
         self.dtype = weights_dtype(s.dtype, precision)
         self.load_tokenizer = partial(load_tokenizer, s.source, trust_remote_code=s.trust_remote_code)
-        self.model = CausalLM(s, self.dtype)
+        self.model = CausalLM(s, self.dtype, self.speed_settings, self.budget_settings)
         self.datamodule = PackedText(self.data_settings, self.load_tokenizer)
         self.collapse = self._collapse_callback()
         self.curves = Curves(self.collapse)

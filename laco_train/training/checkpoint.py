@@ -13,7 +13,7 @@ from laco_train.collapse import CollapsePlan, apply_plan
 from laco_train.errors import InputError
 from laco_train.models import load_tokenizer
 from laco_train.precision import named_dtype
-from laco_train.settings import LoraSettings, ModelSettings, OptimizerSettings, ScheduleSettings
+from laco_train.settings import DistillSettings, LoraSettings, ModelSettings, OptimizerSettings, ScheduleSettings
 from laco_train.training.module import CHECKPOINT_KEY, CausalLM
 
 
@@ -93,6 +93,7 @@ def _model_settings(values: dict[str, Any]) -> ModelSettings:
             "lora": LoraSettings(**values["lora"]),
             "optimizer": OptimizerSettings(**values["optimizer"]),
             "schedule": ScheduleSettings(**values["schedule"]),
+            "distill": DistillSettings(**values["distill"]),
         }
     )
 

@@ -13,13 +13,15 @@ from transformers import PreTrainedModel
 
 from laco_train.errors import InputError
 from laco_train.models import load_model
-from laco_train.settings import ModelSettings
+from laco_train.settings import BudgetSettings, ModelSettings, SpeedSettings
 from laco_train.training.adapters import attach_lora
 from laco_train.training.loss import Batch, causal_lm_loss, target_tokens
 from laco_train.training.optim import adamw, warmup_cosine
 
 # Under this key a checkpoint holds the plan, the model section and the losses measured before training.
 CHECKPOINT_KEY = "laco_train"
+PLAIN = SpeedSettings(kernels="plain", checkpointing="none")
+NO_LIMIT = BudgetSettings()
 
 
 class CausalLM(LightningModule):
@@ -28,13 +30,23 @@ class CausalLM(LightningModule):
     Args:
         settings: the recipe's model section.
         dtype: type of the weights.
+        speed: the recipe's speed section.
+        budget: the recipe's budget section.
     """
 
     strict_loading = False  # a LoRA checkpoint holds the adapters alone; on_load_checkpoint checks the keys itself
 
-    def __init__(self, settings: ModelSettings, dtype: torch.dtype):
+    def __init__(
+        self,
+        settings: ModelSettings,
+        dtype: torch.dtype,
+        speed: SpeedSettings = PLAIN,
+        budget: BudgetSettings = NO_LIMIT,
+    ):
         super().__init__()
         self.settings = settings
+        self.speed = speed
+        self.budget = budget
         self.weights_dtype = dtype
         self.model: PreTrainedModel | PeftModel | None = None
         # by default a batch whose loss is NaN is left out, and "disable" forgets weights (torchmetrics 1.9)
