@@ -1,6 +1,7 @@
 # make demo    collapse and train SmolLM2-135M on the CPU, in an environment of its own
 # make test    all tests, in the same environment
 # make check   ruff, ruff format, mypy
+# make soak    a hundred fits killed at random moments and resumed; benchmarks/results/soak.json
 #
 # PYTHON=...        the Python to build .venv with (3.11 or 3.12); found by itself unless given
 # TORCH_INDEX=URL   one more package index, for a CPU or CUDA build of torch, such as
@@ -8,7 +9,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check venv weights clean
+.PHONY: help demo test check soak venv weights clean
 
 # A name on PATH may be a stub that fails (pyenv), and a distribution's Python may lack venv: try each.
 SUITS := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -55,6 +56,10 @@ check: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+soak: $(READY)
+	@echo "== soak: a hundred kills, each resumed, compared with unbroken runs"
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m benchmarks.soak
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -45,7 +45,7 @@ def header() -> dict[str, Any]:
 def append_rows(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
     """Add `rows`, each with a header of its own, to NAME.json, in place of earlier ones of the same case."""
     path = folder / f"{name}.json"
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**header(), "rows": []}
     cases = {row["case"] for row in rows}
     kept = [row for row in found["rows"] if row["case"] not in cases]
     found["rows"] = [*kept, *({**row, **header()} for row in rows)]

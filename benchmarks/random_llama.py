@@ -25,6 +25,7 @@ from laco_train.recipes import find
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
     "7b": (4096, 11008, 32, 32, 32),
     "13b": (5120, 13824, 40, 40, 40),
+    "135m": (576, 1536, 30, 9, 3),
     "tiny": (64, 128, 32, 4, 2),
 }
 
@@ -50,23 +51,27 @@ def _texts() -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def random_model(shape: str, device: torch.device, **config: Any) -> LlamaForCausalLM:
-    """Random bfloat16 weights of a Llama shape, in eval mode, seeded; `config` overrides."""
+def random_model(
+    shape: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, **config: Any
+) -> LlamaForCausalLM:
+    """Random weights of a Llama shape, in eval mode, seeded; `config` overrides."""
     hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
     values = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        dtype=torch.bfloat16,
-        **config,
+        **{
+            "vocab_size": 32_000,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": False,
+            "dtype": dtype,
+            **config,
+        }
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     with device:
         model = LlamaForCausalLM(values).eval()
     torch.set_default_dtype(torch.float32)

@@ -10,7 +10,7 @@ from laco_train.collapse.plan import Candidate
 from laco_train.settings import CollapseSettings
 
 
-def bar() -> Progress:
+def bar(*, disable: bool = False) -> Progress:
     """A bar: what, how much of how much, time gone, time left."""
     return Progress(
         TextColumn("{task.description}"),
@@ -20,6 +20,7 @@ def bar() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
+        disable=disable,
     )
 
 

@@ -70,11 +70,11 @@ class DistillSettings:
     temperature: float = 1.0
     """Softens both distributions of that divergence; above 0."""
     hidden: float = 0.0
-    """Weight of the error of hidden states, at each layer against the last original layer it stands for; 0 or more."""
+    """Weight of the relative squared error of the state after each layer, the original's there; 0 or more."""
     teacher: str | None = None
-    """Model to learn from, like model.source and of the same vocabulary and width; null: model.source itself."""
+    """Model to learn from, of the same vocabulary (for hidden also width and depth); null: model.source itself."""
     precomputed: bool = False
-    """Compute what the teacher says before training and keep it on disk; false: the teacher stays on the device."""
+    """Keep on disk what the teacher says, of logits its 64 likeliest tokens; false: it stays on the device."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,10 @@ def check_distill(s: DistillSettings) -> None:
     check_static("model.distill.logits", 0 <= s.logits <= 1, f"must be 0 to 1, is {s.logits}")
     check_static("model.distill.temperature", s.temperature > 0, f"must be above 0, is {s.temperature}")
     check_static("model.distill.hidden", s.hidden >= 0, f"must be 0 or more, is {s.hidden}")
+    used = s.logits > 0 or s.hidden > 0
+    unused = "is set, but model.distill.logits and hidden are both 0; raise one"
+    check_static("model.distill.teacher", used or s.teacher is None, unused)
+    check_static("model.distill.precomputed", used or not s.precomputed, unused)
 
 
 def check_budget(s: BudgetSettings) -> None:

@@ -1,7 +1,8 @@
-"""What a reader of TensorBoard sees beside Lightning's own: the start of the curve, tokens as an axis, speed."""
+"""What a reader of TensorBoard sees beside Lightning's own: where curves start, tokens as an axis, speed, memory."""
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +12,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from laco_train.callbacks.divergence import not_finite
 from laco_train.callbacks.interval import logs_after
 from laco_train.callbacks.layer_collapse import LayerCollapse
+from laco_train.callbacks.utilisation import Utilisation
 from laco_train.training.loss import Batch, mean_loss
+from laco_train.training.memory import peak_gib
 
 
 class Curves(Callback):
-    """Logs losses by steps and by tokens, the learning rate, the gradient norm and tokens per second.
+    """Logs losses by steps and by tokens, the learning rate, the gradient norm, speed and peak memory.
 
     The loss of the original and the loss right after the collapse open the validation curve, so that a reader sees what
     the collapse cost and what training gave back.
+
+    Args:
+        collapse: has measured the losses that open the validation curve.
+        utilisation: tells which share of the device's rate a speed is.
 
     Attributes:
         tokens: tokens trained on so far, over all devices.
@@ -26,8 +33,9 @@ class Curves(Callback):
         training_seconds: time in training steps, between points of the training curve.
     """
 
-    def __init__(self, collapse: LayerCollapse):
+    def __init__(self, collapse: LayerCollapse, utilisation: Utilisation):
         self.collapse = collapse
+        self.utilisation = utilisation
         self.tokens = 0
         self.validation: list[tuple[int, int, float]] = []
         self.training_seconds = 0.0
@@ -80,19 +88,21 @@ class Curves(Callback):
             seconds = time.perf_counter() - began
             self.training_seconds += seconds
             self._measured_tokens += self.tokens - tokens
-            pl_module.log("train/tokens_per_second", (self.tokens - tokens) / seconds)
+            speed = (self.tokens - tokens) / seconds
+            pl_module.log("train/tokens_per_second", speed)
+            if (mfu := self.utilisation.mfu(speed)) is not None:
+                pl_module.log("train/mfu", mfu)
         self._since = (time.perf_counter(), self.tokens)
         pl_module.log("train/tokens", float(self.tokens))
+        pl_module.log("train/peak_gib", peak_gib(trainer.strategy.root_device))
         self._by_tokens(trainer, values)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Log the learning rate, and the gradient norm before clipping."""
+        """Log the learning rate."""
         if not logs_after(trainer, trainer.global_step + 1):
             return
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        pl_module.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
         pl_module.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,9 +121,10 @@ class Curves(Callback):
             return
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         context = trainer.precision_plugin.val_step_context
-        loss = mean_loss(pl_module.lm, loader, pl_module.device, context).loss  # type: ignore[arg-type]
+        total = partial(trainer.strategy.reduce, reduce_op="sum")
+        loss = mean_loss(pl_module.lm, loader, pl_module.device, context, total, pl_module.loss).loss  # type: ignore[arg-type]
         if not math.isfinite(loss):
-            raise not_finite(trainer, trainer.global_step)
+            raise not_finite(trainer)
         self.validation.append((trainer.global_step, self.tokens, loss))
         values = {"val/loss": loss, "val/perplexity": float(torch.tensor(loss).exp())}
         if trainer.logger is not None:

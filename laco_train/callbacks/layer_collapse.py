@@ -1,22 +1,28 @@
 """Collapses the model before the optimizer exists, and measures what that cost."""
 
 import dataclasses
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from laco_train.collapse import CollapsePlan, apply_plan, collapse_model, decoder_of, placement_for
+from laco_train.collapse.decoder import collapsible, keep_layers
 from laco_train.collapse.report import describe, similarity_figure
 from laco_train.collapse.similarity import read_calibration
 from laco_train.models import load_tokenizer
 from laco_train.progress import bar, search_progress
 from laco_train.settings import CollapseSettings
-from laco_train.training.loss import MeanLoss, mean_loss
+from laco_train.training.loss import Batch, mean_loss
 from laco_train.training.module import CHECKPOINT_KEY, CausalLM
 from laco_train.training.overlap import occurring, text_of
+from laco_train.training.parallel import on_rank_zero
 
 
 class LayerCollapse(Callback):
@@ -48,29 +54,44 @@ class LayerCollapse(Callback):
         self._done = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Load the model and collapse it."""
+        """Load the model and collapse it, on rank 0; the other ranks cut an empty one to the same layers."""
         if self._done:
             return
         assert isinstance(pl_module, CausalLM)
-        pl_module.configure_model()
+        self.plan, self.losses = on_rank_zero(trainer, partial(self._collapsed, trainer, pl_module, stage))
+        if not trainer.is_global_zero:
+            pl_module.load()
+            keep_layers(collapsible(pl_module.lm), [layer[0] for layer in self.plan.lineage])  # type: ignore[arg-type]
+        pl_module.plan = self.plan
+        self._done = True
+
+    def _collapsed(self, trainer: Trainer, pl_module: CausalLM, stage: str) -> tuple[CollapsePlan, dict[str, float]]:
+        pl_module.load()
         model: Any = pl_module.lm
-        device = trainer.strategy.root_device
         if self.plan is not None:
             apply_plan(model, self.plan, weights_follow=True)
-        else:
-            streamed = placement_for(decoder_of(model), self.settings, device) == "stream"
-            if stage == "fit" and streamed:
-                print("The original is larger than the device: its validation loss is not measured.", flush=True)
-            elif stage == "fit":
-                model.to(device)
-                self.losses["original"] = self._measure(trainer, pl_module, "original model").loss
-            self.plan = self._collapse(pl_module, device)
-            if stage == "fit" and self.plan.calibration is not None:
-                self._report_overlap(trainer, pl_module)
-            if stage == "fit":
-                model.to(device)
-                self.losses["collapsed"] = self._measure(trainer, pl_module, "collapsed model").loss
-        self._done = True
+            return self.plan, self.losses
+        device = trainer.strategy.root_device
+        losses: dict[str, float] = {}
+        if stage == "fit" and placement_for(decoder_of(model), self.settings, device) == "stream":
+            print("The original is larger than the device: its validation loss is not measured.", flush=True)
+        elif stage == "fit":
+            model.to(device)
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            losses["original"] = self._measure(trainer, pl_module, "original", data.all_validation())
+        plan = self._search(pl_module, device)
+        if stage == "fit" and plan.calibration is not None:
+            self._report_overlap(trainer, pl_module)
+        return plan, losses
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what is left, where it trains: every rank its share of the blocks."""
+        if self._resumed:
+            return
+        assert isinstance(pl_module, CausalLM)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        total = partial(trainer.strategy.reduce, reduce_op="sum")
+        self.losses["collapsed"] = self._measure(trainer, pl_module, "collapsed", data.val_dataloader(), total)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the plan in the run's folder and show it in TensorBoard."""
@@ -87,7 +108,7 @@ class LayerCollapse(Callback):
         if self.plan.candidates:
             writer.add_figure("collapse/similarity", similarity_figure(self.plan), 0)
 
-    def _collapse(self, pl_module: CausalLM, device: torch.device) -> CollapsePlan:
+    def _search(self, pl_module: CausalLM, device: torch.device) -> CollapsePlan:
         s = pl_module.settings
         tokenizer = load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)
         with search_progress(self.settings) as on_candidate:
@@ -115,14 +136,22 @@ class LayerCollapse(Callback):
                 flush=True,
             )
 
-    def _measure(self, trainer: Trainer, pl_module: CausalLM, what: str) -> MeanLoss:
-        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        with bar() as progress:
-            batches = progress.track(loader, description=f"Validation loss of the {what}")
-            precision = trainer.precision_plugin
-            result = mean_loss(pl_module.lm, batches, trainer.strategy.root_device, precision.val_step_context)
-        print(f"Validation loss of the {what}: {result.loss:.4f} nats per token ({result.tokens:,} tokens)", flush=True)
-        return result
+    def _measure(
+        self,
+        trainer: Trainer,
+        pl_module: CausalLM,
+        which: str,
+        loader: Iterable[Batch],
+        total_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> float:
+        what = f"Validation loss of the {which} model"
+        context, device = trainer.precision_plugin.val_step_context, trainer.strategy.root_device
+        with bar(disable=not trainer.is_global_zero) as progress:
+            batches = progress.track(loader, description=what)
+            result = mean_loss(pl_module.lm, batches, device, context, total_over_ranks)
+        if trainer.is_global_zero:
+            print(f"{what}: {result.loss:.4f} nats per token ({result.tokens:,} tokens)", flush=True)
+        return result.loss
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the plan, so that a resume and an export need no search."""
@@ -134,5 +163,6 @@ class LayerCollapse(Callback):
             "dtype": str(pl_module.weights_dtype).removeprefix("torch."),
             "losses": dict(self.losses),
             "recipe": self.recipe,
+            "sharded": isinstance(pl_module.lm, FSDPModule),
             "data": trainer.datamodule.summary(),  # type: ignore[attr-defined]
         }

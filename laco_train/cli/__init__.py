@@ -14,7 +14,7 @@ usage: python -m laco_train VERB [options]
 Collapse decoder layers of a causal language model (Layer Collapse, arXiv 2402.11187), train what is left, export it.
 
 verbs:
-  fit       collapse, train, export:       fit --recipe RECIPE [--SECTION.KEY VALUE ...]
+  fit       collapse, train, export:       fit --recipe RECIPE [--resume auto [--run DIR]] [--SECTION.KEY VALUE ...]
   validate  validation loss:               validate --recipe RECIPE [--ckpt_path FILE]
   collapse  search and write, no training: collapse --recipe RECIPE --output DIR
   analyze   compare layers, sweep:         analyze --recipe RECIPE --output DIR [--sweep true]
@@ -25,7 +25,11 @@ RECIPE is a path, a name under ./recipes, or the name of a recipe that the packa
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the program; returns the exit code: 0, 1 if training stopped, 2 for bad input."""
+    """Run the program; returns the exit code: 0, 1 if training stopped, 2 for bad input.
+
+    Raises:
+        SystemExit: 128 and the number of the signal that ended a fit, once its checkpoint was saved.
+    """
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE)
         return 0

@@ -8,6 +8,7 @@ _WARNINGS = (
     ".*does not have many workers.*",  # packed blocks come from memory-mapped files
     ".*LeafSpec.*is deprecated.*",  # Lightning 2.6 with torch 2.13
     ".*is not supported by the model summary.*",
+    ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged then is the metric over all ranks
 )
 _TIPS = ("Tip:", "TPU available", "LOCAL_RANK:")
 

@@ -12,12 +12,15 @@ from rich.table import Table
 
 from laco_train.callbacks.curves import Curves
 from laco_train.callbacks.layer_collapse import LayerCollapse
+from laco_train.training.module import CausalLM
 
 
 def write_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer) -> None:
     """Keep the run's outcome as summary.json in its folder, for whoever compares runs."""
-    plan = collapse.plan
-    assert plan is not None
+    plan, use, module = collapse.plan, curves.utilisation, trainer.lightning_module
+    assert plan is not None and isinstance(module, CausalLM)
+    speed = curves.tokens_per_second
+    peak = max(use.earlier_peak, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
     values = {
         "source": plan.source,
         "strategy": plan.strategy,
@@ -30,9 +33,14 @@ def write_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer) -> 
         "tokens": curves.tokens,
         "search_seconds": sum(candidate.seconds for candidate in plan.candidates),
         "training_seconds": curves.training_seconds,
-        "tokens_per_second": curves.tokens_per_second,
+        "tokens_per_second": speed,
+        "flops_per_token": use.flops_per_token,
+        "matrix_product_flops": use.rate or None,
+        "mfu": None if speed is None else use.mfu(speed),
         "precision": str(trainer.precision),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+        "kernels": str(module.kernels),
+        "checkpointed_layers": module.checkpointed,
+        "peak_gib": None if peak is None else peak / 2**30,
     }
     path = Path(str(trainer.log_dir)) / "summary.json"
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

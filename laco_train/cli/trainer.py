@@ -1,29 +1,55 @@
 """`fit` and `validate`, on LightningCLI: every Trainer option works, and the recipe's sections are our dataclasses."""
 
+import signal
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TextIO
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.tensorboard.summary import hparams
 
+from laco_train.callbacks.budget import StopAtBudget
+from laco_train.callbacks.checkpoints import last_checkpoint
 from laco_train.callbacks.curves import Curves
-from laco_train.callbacks.divergence import StopOnNonFiniteLoss
+from laco_train.callbacks.divergence import Divergence
 from laco_train.callbacks.duration import EstimateDuration
+from laco_train.callbacks.event_files import MarkEventFiles
+from laco_train.callbacks.kernels import ReportKernels
 from laco_train.callbacks.layer_collapse import LayerCollapse
+from laco_train.callbacks.memory import Memory
+from laco_train.callbacks.newest_checkpoint import NewestCheckpoint
+from laco_train.callbacks.preemption import StopOnSignal
 from laco_train.callbacks.progress import RunProgressBar
+from laco_train.callbacks.seeds import SeedSteps
+from laco_train.callbacks.utilisation import Utilisation
 from laco_train.cli.parsing import OneLineErrors, add_recipe_flag, resolve_arguments
 from laco_train.cli.quiet import quieten
+from laco_train.cli.ranks import ending_children, part_ranks, rank_zero_speaks_first
+from laco_train.cli.resume import (
+    CONFIG_FILE,
+    EarlierRun,
+    RunIsFinished,
+    check_options,
+    claim,
+    earlier_run,
+    is_finished,
+    refuse_other_recipe,
+)
 from laco_train.cli.summary import print_summary, write_summary
 from laco_train.collapse import CollapsePlan
 from laco_train.collapse.families import depth_of
 from laco_train.collapse.similarity import read_calibration
-from laco_train.errors import InputError
+from laco_train.errors import InputError, TrainingStopped
 from laco_train.export import CardFacts, export_folder, refuse_nonempty, save_adapter
+from laco_train.files import write_whole
 from laco_train.models import load_config, load_tokenizer
 from laco_train.precision import named_dtype, weights_dtype
 from laco_train.settings import (
@@ -38,9 +64,12 @@ from laco_train.settings import (
     check_data,
     check_model,
 )
-from laco_train.training.checkpoint import read_checkpoint
+from laco_train.training.checkpoint import read_checkpoint, rebuilt, refuse_other_layout
+from laco_train.training.checkpoint_io import VerifiedCheckpointIO
 from laco_train.training.data import PackedText
+from laco_train.training.memory import is_out_of_memory
 from laco_train.training.module import CausalLM
+from laco_train.training.parallel import check_sizes, gathered, refuse_strategy
 
 _SECTIONS = {
     "model": ModelSettings,
@@ -50,8 +79,6 @@ _SECTIONS = {
     "speed": SpeedSettings,
     "export": ExportSettings,
 }
-CONFIG_FILE = "config.yaml"
-"""In a run's folder: the whole recipe as it ran; there once the run has begun."""
 _TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,  # the loss right after the collapse is measured anyway
     "use_distributed_sampler": False,  # PackedText deals out its batches itself; the injected sampler isn't exact
@@ -65,7 +92,12 @@ class RecipeParser(OneLineErrors, LightningArgumentParser):
 
 
 class RecordConfig(SaveConfigCallback):
-    """Saves config.yaml once the run is sure to begin, so that input found bad until then leaves no trace."""
+    """Saves config.yaml once the run is sure to begin, so that input found bad until then leaves no trace.
+
+    A resumed run keeps what it began with.
+    """
+
+    claimed: TextIO | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Too early: the collapse may still refuse its input."""
@@ -76,7 +108,11 @@ class RecordConfig(SaveConfigCallback):
         if log_dir is None or not trainer.is_global_zero:
             return
         Path(log_dir).mkdir(parents=True, exist_ok=True)
-        (Path(log_dir) / CONFIG_FILE).write_text(self.parser.dump(self.config, skip_unset=False), encoding="utf-8")
+        self.claimed = claim(Path(log_dir))
+        path = Path(log_dir) / CONFIG_FILE
+        if path.exists() and not self.overwrite:
+            return
+        write_whole(path, self.parser.dump(self.config, skip_unset=False))
         leaves = [(f"{name}.{key}", value) for name in _SECTIONS for key, value in self.config[name].items()]
         values = {key: value if isinstance(value, int | float) else str(value) for key, value in leaves}
         if trainer.logger is not None:
@@ -115,6 +151,14 @@ class RecipeCLI(LightningCLI):
         add_recipe_flag(parser)
         return parser
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            which = "the newest run of the recipe under lightning_logs, or that of --run; without one, start one"
+            parser.add_argument("--resume", type=Literal["auto"] | None, help=f"auto: go on with {which}.")
+            parser.add_argument("--run", type=str | None, help="Folder of the run that --resume goes on with.")
+        return parser
+
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our sections, and the Trainer's."""
         for name, settings in _SECTIONS.items():
@@ -138,6 +182,7 @@ class RecipeCLI(LightningCLI):
         self.budget_settings: BudgetSettings = self._get(self.config_init, "budget")
         self.speed_settings: SpeedSettings = self._get(self.config_init, "speed")
         check_budget(self.budget_settings)
+        self.earlier = self._earlier_run() if self.subcommand == "fit" else None
         s = self.model_settings
         precision = str(self._get(self.config_init, "trainer").get("precision") or "32-true")
         self.dtype = weights_dtype(s.dtype, precision)
@@ -145,10 +190,37 @@ class RecipeCLI(LightningCLI):
         self.model = CausalLM(s, self.dtype, self.speed_settings, self.budget_settings)
         self.datamodule = PackedText(self.data_settings, self.load_tokenizer)
         self.collapse = self._collapse_callback()
-        self.curves = Curves(self.collapse)
+        self.utilisation, self.memory = Utilisation(), Memory()
+        self.curves = Curves(self.collapse, self.utilisation)
         self.trainer = self.instantiate_trainer()
+        check_sizes(self.trainer)
+        if self.checkpoint is not None:
+            refuse_other_layout(self.checkpoint, self.trainer, resuming=self.subcommand == "fit")
         self._say_device()
         self._check_against_model()
+
+    def _earlier_run(self) -> EarlierRun | None:
+        """What --resume goes on with; its checkpoint becomes that of fit."""
+        given, trainer = self.config_init["fit"], self._get(self.config_init, "trainer")
+        check_options(given.resume, given.run, given.ckpt_path, trainer.get("logger") not in (None, True))
+        if given.resume is None:
+            return None
+        say = rank_zero_only(partial(print, flush=True))
+        runs = Path(trainer.get("default_root_dir") or ".") / "lightning_logs" / self.recipe
+        earlier = earlier_run(runs, given.run, say)
+        if earlier is None:
+            say(f"No run has begun in {runs} yet: this one is the first.")
+            return None
+        refuse_other_recipe(earlier, self._parser("fit").dump(self.config["fit"], skip_unset=False))
+        if is_finished(earlier.folder, self.export_settings.enabled):
+            raise RunIsFinished(f"{earlier.folder} is finished: there is nothing to resume.")
+        if earlier.checkpoint is None:
+            self.save_config_kwargs = {"overwrite": True}
+            say(f"{earlier.folder} has no checkpoint yet: it begins anew.")
+        else:
+            given.ckpt_path = str(earlier.checkpoint)
+            say(f"Going on from {earlier.checkpoint}.")
+        return earlier
 
     def _check_against_model(self) -> None:
         s = self.model_settings
@@ -162,9 +234,10 @@ class RecipeCLI(LightningCLI):
 
     def _collapse_callback(self) -> LayerCollapse:
         path = self._get(self.config_init, "ckpt_path")
-        if path is None:
+        self.checkpoint = None if path is None else read_checkpoint(Path(path), "--ckpt_path")
+        if self.checkpoint is None:
             return LayerCollapse(self.collapse_settings, self.recipe)
-        checkpoint = read_checkpoint(Path(path), "--ckpt_path")
+        checkpoint = self.checkpoint
         losses = {name: value for name, value in checkpoint.losses.items() if name != "trained"}
         return LayerCollapse(self.collapse_settings, self.recipe, checkpoint.plan, losses)
 
@@ -172,34 +245,80 @@ class RecipeCLI(LightningCLI):
         """A Trainer with our callbacks, logging to lightning_logs/<recipe>/version_N unless told otherwise."""
         trainer_config = {**self._get(self.config_init, "trainer"), **kwargs}
         if trainer_config.get("logger") in (None, True):
-            root = trainer_config.get("default_root_dir") or "."
-            logger = TensorBoardLogger(Path(root) / "lightning_logs", name=self.recipe, default_hp_metric=False)
-            trainer_config["logger"] = logger
-        callbacks = [self.collapse, self.curves, StopOnNonFiniteLoss(), EstimateDuration(self.data_settings)]
+            trainer_config["logger"] = self._logger(trainer_config.get("default_root_dir") or ".")
+        if self.budget_settings.max_tokens is not None and trainer_config.get("max_epochs") is None:
+            trainer_config["max_epochs"] = -1  # else Lightning would end the run after 1000
+        callbacks = [self.memory, self.collapse, StopAtBudget(), self.utilisation, EstimateDuration(self.utilisation)]
+        callbacks += [ReportKernels(), SeedSteps(self._get(self.config_init, "seed_everything")), self.curves, Divergence()]
+        self.signals = StopOnSignal()
+        callbacks += [MarkEventFiles(), self.signals, *self._checkpoints(trainer_config)]
+        trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), VerifiedCheckpointIO()]
         if trainer_config.get("enable_progress_bar") is not False:
             callbacks.append(RunProgressBar())
+        refuse_strategy(trainer_config.get("strategy") or "auto")
         try:
             return self._instantiate_trainer(trainer_config, callbacks)
         except ValueError as error:  # an accelerator or strategy of no such name
             raise InputError("trainer", str(error).splitlines()[0]) from error
 
+    def _logger(self, root: str) -> TensorBoardLogger:
+        if self.earlier is None:
+            return TensorBoardLogger(Path(root) / "lightning_logs", name=self.recipe, default_hp_metric=False)
+        folder = self.earlier.folder
+        return TensorBoardLogger(
+            folder.parent.parent, name=folder.parent.name, version=folder.name, default_hp_metric=False
+        )
+
+    @staticmethod
+    def _checkpoints(trainer_config: dict[str, Any]) -> list[Checkpoint]:
+        """Ours, unless the recipe names another or wants none."""
+        named = any(isinstance(callback, Checkpoint) for callback in _as_list(trainer_config.get("callbacks")))
+        return [] if named or trainer_config.get("enable_checkpointing") is False else [NewestCheckpoint()]
+
     def _say_device(self) -> None:
-        if isinstance(self.trainer.accelerator, CPUAccelerator):
+        if isinstance(self.trainer.accelerator, CPUAccelerator) and self.trainer.is_global_zero:
             import torch
 
             print(f"No GPU is used: this run is on the CPU ({torch.get_num_threads()} threads).", flush=True)
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
+            with ending_children(self.trainer):
+                super()._run_subcommand(subcommand)
         except (InputError, MisconfigurationException):
             self._leave_no_trace()
             raise
+        except SIGTERMException as error:
+            raise self._stopped_by_signal() from error
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._leave_no_trace()
+            raise TrainingStopped(self._explain_memory(error)) from error
+
+    def _stopped_by_signal(self) -> SystemExit:
+        """What a shell would report of a process ended by the signal, so that a scheduler starts the job again."""
+        if not self.trainer.is_global_zero:
+            return SystemExit(0)  # Lightning kills rank 0 if another rank fails
+        number = self.signals.received or signal.SIGTERM
+        name, step = signal.Signals(number).name, self.trainer.global_step
+        saved = last_checkpoint(self.trainer)
+        print(f"{name}: stopped after step {step}, saved as {saved}; go on with --resume auto.", flush=True)
+        return SystemExit(128 + number)
+
+    def _explain_memory(self, error: RuntimeError) -> str:
+        c, resumed = self.collapse_settings, self._get(self.config_init, "ckpt_path") is not None
+        given = resumed or c.plan is not None or c.remove is not None or c.strategy == "none"
+        recipe = {"model": self.model_settings, "data": self.data_settings, "speed": self.speed_settings}
+        searched = not given and c.placement != "stream"
+        return self.memory.explain(error, self.trainer, {**recipe, "searched": searched})
 
     def _leave_no_trace(self) -> None:
         """Remove the folder of a run that never began: Lightning opens the event file before the model is there."""
-        folder = Path(str(self.trainer.log_dir))
-        if not isinstance(self.trainer.logger, TensorBoardLogger) or (folder / CONFIG_FILE).exists():
+        if not isinstance(self.trainer.logger, TensorBoardLogger) or not self.trainer.is_global_zero:
+            return
+        folder = Path(self.trainer.logger.log_dir)  # trainer.log_dir would ask the other ranks, which may be gone
+        if (folder / CONFIG_FILE).exists():
             return
         self.trainer.logger.finalize("failed")
         for events in folder.glob("events.*"):
@@ -210,15 +329,24 @@ class RecipeCLI(LightningCLI):
             empty.rmdir()
 
     def before_fit(self) -> None:
-        """Refuse a run whose export could not be written at its end."""
-        if self.export_settings.enabled and self.trainer.log_dir:
+        """Refuse a run whose export could not be written at its end; a run that goes on is tidied up first."""
+        if self.earlier is not None:
+            if self.trainer.is_global_zero:
+                claim(self.earlier.folder).close()
+                self.earlier.tidy()
+        elif self.export_settings.enabled and self.trainer.log_dir:
             refuse_nonempty(self._export_to(), "export")
 
     def after_fit(self) -> None:
         """Export what was trained, and sum up."""
-        if self.trainer.interrupted or not self.trainer.is_global_zero:
+        if self.trainer.interrupted:
             return
-        folder = self._export() if self.export_settings.enabled and self.trainer.log_dir else None
+        exports = self.export_settings.enabled and bool(self.trainer.log_dir)
+        weights = gathered(self.model) if exports and isinstance(self.model.lm, FSDPModule) else None
+        part_ranks()
+        if not self.trainer.is_global_zero:
+            return
+        folder = self._export(weights) if exports else None
         if self.trainer.log_dir:
             write_summary(self.collapse, self.curves, self.trainer)
         print_summary(self.collapse, self.curves, self.trainer, folder)
@@ -226,13 +354,18 @@ class RecipeCLI(LightningCLI):
     def _export_to(self) -> Path:
         return Path(str(self.trainer.log_dir)) / "export"
 
-    def _export(self) -> Path:
+    def _export(self, gathered_weights: dict[str, Tensor] | None) -> Path:
         output = self._export_to()
         plan = self.collapse.plan
         assert isinstance(plan, CollapsePlan)
         name = self.export_settings.dtype
-        if self.model_settings.method == "lora":
-            save_adapter(self.model.lm, output.parent / "adapter")
+        model = self.model.lm
+        if gathered_weights is not None:
+            model = rebuilt(self.model_settings, self.dtype, plan, gathered_weights)
+        if self.model_settings.method == "lora" and not (output.parent / "adapter").exists():
+            save_adapter(model, output.parent / "adapter")
+        if output.exists():  # it appears whole or not at all, so the run was killed right after it
+            return output
         card = CardFacts(
             base_model=self.model_settings.source,
             recipe=self.recipe,
@@ -244,15 +377,22 @@ class RecipeCLI(LightningCLI):
             licence=None,
         )
         dtype = self.dtype if name == "auto" else named_dtype(name)
-        export_folder(self.model.lm, self.load_tokenizer(), output, dtype=dtype, plan=plan, card=card)
+        export_folder(model, self.load_tokenizer(), output, dtype=dtype, plan=plan, card=card)
         return output
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def run(verb: str, args: list[str]) -> None:
     """Run `verb` of the Trainer with command-line arguments `args`."""
     quieten()
     arguments, recipe = resolve_arguments(args)
-    try:
-        RecipeCLI([verb, *arguments], recipe)
-    except MisconfigurationException as error:
-        raise InputError("trainer", str(error).splitlines()[0]) from error
+    with rank_zero_speaks_first():
+        try:
+            RecipeCLI([verb, *arguments], recipe)
+        except MisconfigurationException as error:
+            raise InputError("trainer", str(error).splitlines()[0]) from error
+        except RunIsFinished as finished:
+            rank_zero_only(print)(finished)

@@ -18,7 +18,7 @@ class CardFacts:
     Attributes:
         base_model: what ``model.source`` named.
         recipe: name of the recipe.
-        method: ``full`` or ``lora``.
+        method: ``full``, ``lora`` or ``last_layers``.
         data: what it was trained on, as label: value, such as {"train": "austen.jsonl.gz", "block_size": 1024}.
         losses: validation losses in nats per token, in order, such as original, collapsed, trained.
         tokens: tokens trained on.
@@ -61,7 +61,11 @@ def _metadata(facts: CardFacts) -> str:
 
 
 def _what(facts: CardFacts, plan: CollapsePlan | None) -> str:
-    trained = {"full": "every weight was trained", "lora": "LoRA adapters were trained and merged"}[facts.method]
+    trained = {
+        "full": "every weight was trained",
+        "lora": "LoRA adapters were trained and merged",
+        "last_layers": "its last layers and its head were trained",
+    }[facts.method]
     after = f"then {trained}" if facts.steps else "without training since"
     licence = f"\n\nThe base model's licence ({facts.licence}) holds for this model too." if facts.licence else ""
     if plan is None:

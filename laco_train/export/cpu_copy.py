@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 
+from laco_train.training.attention import attends_by_documents, set_document_attention
+from laco_train.training.checkpointing import set_checkpointing
+
 
 @torch.no_grad()
 def cpu_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
@@ -30,6 +33,9 @@ def cpu_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
         for parameter in duplicate.parameters():
             parameter.data = _cast(parameter.data, dtype)
     assert isinstance(duplicate, PreTrainedModel)
+    if attends_by_documents(duplicate):
+        set_document_attention(duplicate, False)
+    set_checkpointing(duplicate, 0)
     return duplicate.eval().requires_grad_(False)
 
 

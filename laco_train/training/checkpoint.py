@@ -2,11 +2,14 @@
 
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import PreTrainedTokenizerBase
 
 from laco_train.collapse import CollapsePlan, apply_plan
@@ -15,6 +18,7 @@ from laco_train.models import load_tokenizer
 from laco_train.precision import named_dtype
 from laco_train.settings import DistillSettings, LoraSettings, ModelSettings, OptimizerSettings, ScheduleSettings
 from laco_train.training.module import CHECKPOINT_KEY, CausalLM
+from laco_train.training.sharded import is_sharded, read_sharded
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class TrainingCheckpoint:
     """A checkpoint that `fit` wrote.
 
     Attributes:
-        path: its file.
+        path: its file, or folder if it is sharded.
         plan: the collapse of its run.
         model: the recipe's model section.
         dtype: type of its weights.
@@ -31,6 +35,7 @@ class TrainingCheckpoint:
         data: what its run was trained on, by role.
         steps: optimizer steps done.
         tokens: tokens trained on.
+        sharded: whether its run was under ModelParallelStrategy, which numbers the optimizer's state in its own way.
         state_dict: weights, on the CPU.
     """
 
@@ -43,25 +48,30 @@ class TrainingCheckpoint:
     data: dict[str, Any]
     steps: int
     tokens: int
-    state_dict: dict[str, torch.Tensor]
+    sharded: bool
+    state_dict: Mapping[str, torch.Tensor]
 
 
 def read_checkpoint(path: Path, key: str = "--checkpoint") -> TrainingCheckpoint:
     """Read `path` with weights_only, its tensors mapped rather than loaded.
 
     Args:
-        path: a file that `fit` wrote.
+        path: a file that `fit` wrote, or the folder of a sharded checkpoint.
         key: the option that named it.
 
     Raises:
         InputError: missing, cut short, or not written by fit.
     """
-    if not path.is_file():
+    sharded = is_sharded(path)
+    if not path.is_file() and not sharded:
         raise InputError(key, f"no file {str(path)!r}; name a .ckpt under a run's checkpoints folder")
-    if not zipfile.is_zipfile(path):  # its table of contents comes last, so a file that was cut short is none
+    if not sharded and not zipfile.is_zipfile(path):  # its table of contents comes last: one that was cut short is none
         raise InputError(key, f"{path} is damaged or no checkpoint of fit; name another .ckpt")
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if sharded:
+            values: Any = read_sharded(path, key)
+        else:
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(key, f"{path} is damaged or no checkpoint of fit ({reason}); name another .ckpt") from None
@@ -82,8 +92,19 @@ def read_checkpoint(path: Path, key: str = "--checkpoint") -> TrainingCheckpoint
         data=ours["data"],
         steps=values["global_step"],
         tokens=curves.get("tokens", 0),
+        sharded=ours.get("sharded", False),
         state_dict=values["state_dict"],
     )
+
+
+def refuse_other_layout(checkpoint: TrainingCheckpoint, trainer: Trainer, *, resuming: bool) -> None:
+    """InputError if the strategy of `trainer` can't load `checkpoint`, or would mix up the state of its optimizer."""
+    name, shards = "ModelParallelStrategy", isinstance(trainer.strategy, ModelParallelStrategy)
+    if checkpoint.path.is_dir() and not shards:
+        raise InputError("--ckpt_path", f"{checkpoint.path} is in shards, which only trainer.strategy {name} loads")
+    if resuming and checkpoint.sharded != shards:
+        other = f"with trainer.strategy {name}" if checkpoint.sharded else f"without trainer.strategy {name}"
+        raise InputError("--ckpt_path", f"{checkpoint.path} is of a run {other}; resume it so")
 
 
 def _model_settings(values: dict[str, Any]) -> ModelSettings:
@@ -101,10 +122,16 @@ def _model_settings(values: dict[str, Any]) -> ModelSettings:
 def restore(checkpoint: TrainingCheckpoint) -> tuple[Any, PreTrainedTokenizerBase]:
     """The trained model (with its adapters, if it has any) and the tokenizer of its source."""
     s = checkpoint.model
-    module = CausalLM(s, checkpoint.dtype)
-    module.configure_model()
-    apply_plan(module.lm, checkpoint.plan, weights_follow=True)  # type: ignore[arg-type]
+    model = rebuilt(s, checkpoint.dtype, checkpoint.plan, checkpoint.state_dict)
+    return model, load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)
+
+
+def rebuilt(s: ModelSettings, dtype: torch.dtype, plan: CollapsePlan, state_dict: Mapping[str, torch.Tensor]) -> Any:
+    """The trained model (with its adapters, if it has any) from its source, its plan and what was trained."""
+    module = CausalLM(s, dtype)
+    module.load()
+    apply_plan(module.lm, plan, weights_follow=True)  # type: ignore[arg-type]
     module.setup("fit")
-    module.on_load_checkpoint({"state_dict": checkpoint.state_dict})
-    module.load_state_dict(checkpoint.state_dict, strict=False)
-    return module.lm.eval(), load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)
+    module.on_load_checkpoint({"state_dict": state_dict})
+    module.load_state_dict(state_dict, strict=False)
+    return module.lm.eval()

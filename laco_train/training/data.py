@@ -1,6 +1,6 @@
 """Packed text as a LightningDataModule: packed and cached once, ordered by BlockSampler, resumed to the bit."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,9 +19,17 @@ from laco_train.training.sampler import BlockLoader, BlockSampler
 from laco_train.training.sources import HubSet, Source, resolve
 
 
-def collate(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Blocks to a batch: input_ids, labels and position_ids, int64, (batch, block_size) each."""
-    return {name: torch.from_numpy(np.stack([b[name] for b in blocks])).long() for name in blocks[0]}
+def collate(blocks: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Blocks to a batch: input_ids, labels and position_ids, int64, (batch, block_size) each, and documents.
+
+    ``documents`` (documents + 1,), int32, is where each document starts in the tokens of the batch, and their number.
+    """
+    rows = list(blocks)
+    batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])).long() for name in rows[0]}
+    positions = batch["position_ids"].flatten()
+    ends = torch.tensor([len(positions)], dtype=torch.int32)
+    batch["documents"] = torch.cat([(positions == 0).nonzero().flatten().int(), ends])
+    return batch
 
 
 class PackedText(LightningDataModule):
@@ -43,6 +51,7 @@ class PackedText(LightningDataModule):
         self._tokenizer = tokenizer
         self._sampler: BlockSampler | None = None
         self._summaries: dict[str, Summary] = {}
+        self._look_up: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     def prepare_data(self) -> None:
         """Read, tokenise and pack what is not in the cache; Lightning calls it on one process of each machine."""
@@ -84,7 +93,14 @@ class PackedText(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         """Every `world`-th block in order; up to world - 1 at the end are left out, so that ranks keep in step."""
         rank, world = self._place()
-        share = range(rank, len(self.validation_blocks) // world * world, world)
+        return self._in_order(range(rank, len(self.validation_blocks) // world * world, world))
+
+    def all_validation(self) -> DataLoader[Any]:
+        """The blocks that `val_dataloader` gives on all ranks together, for one process that measures alone."""
+        world = self._place()[1]
+        return self._in_order(range(len(self.validation_blocks) // world * world))
+
+    def _in_order(self, share: range) -> DataLoader[Any]:
         return DataLoader(
             self.validation_blocks.select(share),
             batch_size=self.settings.batch_size,
@@ -92,6 +108,16 @@ class PackedText(LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def accompany(self, look_up: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+        """Give training batches a row ``indices`` (batch,) of their blocks, and let `look_up` put in its place what is
+        known about those; called once, after `setup`."""
+        self.train_blocks = self.train_blocks.add_column("indices", range(len(self.train_blocks)))
+        self._look_up = look_up
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Look up while the indices are on the CPU, and after a -true precision has cast what the loader gave."""
+        return batch if self._look_up is None or "indices" not in batch else self._look_up(batch)
 
     @property
     def sampler(self) -> BlockSampler:

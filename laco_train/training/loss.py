@@ -6,9 +6,14 @@ Shapes: B blocks, T tokens, V vocabulary.
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from laco_train.training.attention import attends_by_documents
 
 Batch = dict[str, Tensor]
 
@@ -20,11 +25,33 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
     without an attention mask.
 
     Args:
-        batch: ``input_ids``, ``labels`` (-100 where nothing is to be predicted) and ``position_ids``, each (B, T).
+        batch: ``input_ids``, ``labels`` (-100 where nothing is to be predicted) and ``position_ids``, each (B, T); and
+            ``documents`` where attention goes by them.
     """
-    return model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], labels=batch["labels"], use_cache=False
-    ).loss
+    return model(**model_inputs(model, batch), labels=batch["labels"]).loss
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Keyword arguments of a call of `model`, a Transformers model or one wrapped by peft, on a batch."""
+    inputs: dict[str, Any] = {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "use_cache": False,
+    }
+    if attends_by_documents(model):
+        torch._dynamo.maybe_mark_dynamic(batch["documents"], 0)  # else layers are compiled again for each number
+        inputs |= {"documents": batch["documents"], "longest": batch["input_ids"].shape[1]}
+    return inputs
+
+
+def base_of(model: nn.Module) -> Any:
+    """The Transformers model itself, with the adapters that peft has put into it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def next_tokens(batch: Batch) -> Tensor:
+    """(B, T) the label of the token after each; -100 where there is none, as at the end of a block."""
+    return pad(batch["labels"], (0, 1), value=-100)[:, 1:]
 
 
 def target_tokens(batch: Batch) -> Tensor:
@@ -46,23 +73,28 @@ def mean_loss(
     batches: Iterable[Batch],
     device: torch.device,
     context: Callable[[], AbstractContextManager[None]],
+    total_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    loss_of: Callable[[nn.Module, Batch], Tensor] = causal_lm_loss,
 ) -> MeanLoss:
     """One plain pass over `batches`, for where no Lightning loop can run.
 
     Args:
         context: the precision under which the model trains, as a context manager.
+        loss_of: of a batch.
+        total_over_ranks: adds up a tensor over the ranks, each of which passes over its own batches.
     """
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    count = 0
+    total = torch.zeros(2, dtype=torch.float64)  # loss times tokens, and tokens
     for cpu_batch in batches:
         batch = {name: value.to(device) for name, value in cpu_batch.items()}
         tokens = int(target_tokens(batch))
-        if tokens == 0:  # a chat block cut before its first answer has no loss
-            continue
         with context():
-            total += causal_lm_loss(model, batch).double().cpu() * tokens
-        count += tokens
+            loss = loss_of(model, batch).double().cpu()
+        if tokens > 0:  # a chat block cut before its first answer has no loss; a sharded model needs its pass
+            total += torch.stack([loss * tokens, torch.tensor(float(tokens), dtype=torch.float64)])
     model.train(was_training)
-    return MeanLoss(float(total) / max(count, 1), count)
+    if total_over_ranks is not None:
+        total = total_over_ranks(total.to(device)).cpu()
+    count = int(total[1])
+    return MeanLoss(float(total[0]) / max(count, 1), count)

@@ -5,18 +5,32 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
+from laco_train.collapse import CollapsePlan, decoder_of
 from laco_train.errors import InputError
 from laco_train.models import load_model
+from laco_train.precision import weights_dtype
 from laco_train.settings import BudgetSettings, ModelSettings, SpeedSettings
 from laco_train.training.adapters import attach_lora
-from laco_train.training.loss import Batch, causal_lm_loss, target_tokens
+from laco_train.training.budget import Limits, run_steps
+from laco_train.training.checkpointing import measured_layers, optimizer_bytes, set_checkpointing
+from laco_train.training.data import collate
+from laco_train.training.distill import Distillation, distills
+from laco_train.training.fused import PLAIN as PLAIN_KERNELS
+from laco_train.training.fused import Kernels, Loss, choose
+from laco_train.training.last_layers import train_last_layers
+from laco_train.training.loss import Batch, base_of, causal_lm_loss, target_tokens
 from laco_train.training.optim import adamw, warmup_cosine
+from laco_train.training.parallel import distribute, skeleton
+from laco_train.training.skipping import SkippedSteps, guard_step
+from laco_train.training.teacher import Place, make_teacher
 
 # Under this key a checkpoint holds the plan, the model section and the losses measured before training.
 CHECKPOINT_KEY = "laco_train"
@@ -32,9 +46,16 @@ class CausalLM(LightningModule):
         dtype: type of the weights.
         speed: the recipe's speed section.
         budget: the recipe's budget section.
+
+    Attributes:
+        plan: of the collapse; LayerCollapse leaves it here in a run.
+        skipped: steps left out, as their gradients were not finite.
+        kernels: chosen at the start of a fit.
+        loss: of a batch, by those kernels.
+        checkpointed: layers that recompute their activations, chosen likewise.
     """
 
-    strict_loading = False  # a LoRA checkpoint holds the adapters alone; on_load_checkpoint checks the keys itself
+    strict_loading = False  # a checkpoint may hold what trains alone; on_load_checkpoint checks the keys itself
 
     def __init__(
         self,
@@ -52,6 +73,12 @@ class CausalLM(LightningModule):
         # by default a batch whose loss is NaN is left out, and "disable" forgets weights (torchmetrics 1.9)
         self.validation_loss = MeanMetric(nan_strategy=math.inf)
         self._exact_buffers: dict[str, Tensor] = {}
+        self.skipped = SkippedSteps()
+        self.kernels: Kernels = PLAIN_KERNELS
+        self.loss: Loss = causal_lm_loss
+        self.checkpointed = 0
+        self.plan: CollapsePlan | None = None
+        self._distillation: Distillation | None = None
 
     @property
     def lm(self) -> PreTrainedModel | PeftModel:
@@ -59,20 +86,40 @@ class CausalLM(LightningModule):
         assert self.model is not None, "configure_model has not run"
         return self.model
 
-    def configure_model(self) -> None:
-        """Load the weights; a second call changes nothing, as LayerCollapse calls it before Lightning does."""
+    def load(self) -> None:
+        """Read the weights, on rank 0; other ranks build the same model without them. A second call changes nothing."""
         if self.model is None:
             s = self.settings
-            self.model = load_model(s.source, dtype=self.weights_dtype, trust_remote_code=s.trust_remote_code)
+            read = load_model if self._trainer is None or self.trainer.is_global_zero else skeleton
+            self.model = read(s.source, dtype=self.weights_dtype, trust_remote_code=s.trust_remote_code)
+
+    def configure_model(self) -> None:
+        """Lightning calls it after every setup hook, so after the collapse: hand the weights to all ranks."""
+        self.load()
+        if self._trainer is not None and torch.distributed.is_initialized():
+            distribute(self.lm, self.trainer.strategy, str(self.trainer.precision))
 
     def setup(self, stage: str) -> None:
-        """Attach adapters, after the callbacks' setup and so after the collapse."""
-        self.configure_model()
+        """Attach adapters, freeze, bring in the teacher: after the callbacks' setup and so after the collapse."""
+        self.load()
         if self.settings.method == "lora" and not isinstance(self.model, PeftModel):
             self.model = attach_lora(self.lm, self.settings.lora)  # type: ignore[arg-type]
+        if self.settings.method == "last_layers":
+            train_last_layers(self.lm, self.settings.last_layers)  # type: ignore[arg-type]
         self._exact_buffers = {
             name: buffer.detach().clone() for name, buffer in self.lm.named_buffers() if buffer.is_floating_point()
         }
+        if stage == "fit" and self.plan is not None and self._distillation is None and distills(self.settings.distill):
+            self._distillation = self._with_teacher(self.plan)
+
+    def _with_teacher(self, plan: CollapsePlan) -> Distillation:
+        trainer, s = self.trainer, self.settings
+        precision = str(trainer.precision)
+        rounded = weights_dtype("auto", precision)  # what a -true precision makes of the student
+        dtype = self.weights_dtype if rounded == torch.float32 else rounded
+        place = Place(trainer.strategy.root_device, dtype, precision, trainer.precision_plugin.val_step_context)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        return Distillation(s.distill, make_teacher(s, plan.lineage, plan.source_depth, data, place))
 
     def _restore_buffers(self) -> None:
         # Lightning's true-precision plugins cast rotary frequencies too, which from_pretrained keeps in float32
@@ -83,25 +130,76 @@ class CausalLM(LightningModule):
                 module._buffers[leaf] = exact.to(self.device)
 
     def on_fit_start(self) -> None:
-        """Undo the precision plugin's cast of buffers; training mode, as from_pretrained leaves eval mode."""
+        """Undo the precision plugin's cast of buffers; training mode, as from_pretrained leaves eval mode; speed."""
         self._restore_buffers()
         self.lm.train()
+        self._choose_kernels()
+        self.checkpointed = self._choose_checkpointing()
+
+    def _choose_kernels(self) -> None:
+        trainer: Any = self.trainer
+        probe = self._on_device(collate(trainer.datamodule.validation_blocks.select(range(1))))
+        context = trainer.precision_plugin.train_step_context
+        self.kernels, self.loss = choose(self.lm, self.speed, trainer.strategy, probe, context)
+
+    def _choose_checkpointing(self) -> int:
+        """Layers that recompute."""
+        trainer, device = self.trainer, self.trainer.strategy.root_device
+        depth = len(decoder_of(base_of(self.lm)).stack)
+        layers = 0 if self.speed.checkpointing == "none" or device.type != "cuda" else depth
+        if self.speed.checkpointing == "all":
+            layers = depth
+        elif layers and not isinstance(trainer.strategy, ModelParallelStrategy):
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            rows = data.train_blocks.select(range(data.settings.batch_size))
+            batch = self._on_device(data.on_before_batch_transfer(collate(rows), 0))
+
+            def step() -> None:
+                with trainer.precision_plugin.train_step_context():
+                    loss = self._training_loss(batch)
+                loss.backward()
+
+            o = self.settings.optimizer
+            states = optimizer_bytes(self.lm, eight_bit=o.eight_bit, exact=o.small_updates == "float32")
+            layers = measured_layers(self.lm, step, states, trainer.accumulate_grad_batches, device)
+            layers = int(trainer.strategy.reduce(torch.tensor(layers, device=device), reduce_op="max"))
+        set_checkpointing(self.lm, layers)
+        return layers
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: value.to(self.device) for name, value in batch.items()}
 
     def on_validation_start(self) -> None:
         """Undo the precision plugin's cast of buffers, when validating alone."""
         self._restore_buffers()
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Loss of one batch, nats per target token."""
-        loss = causal_lm_loss(self.lm, batch)
-        self.log("train/loss", loss, prog_bar=True)
+        """Loss of one batch, nats per target token, and what is learned from the teacher."""
+        if self._distillation is not None:
+            return self._distilled(self._distillation, batch)
+        loss = self.loss(self.lm, batch)
+        self.log("train/loss", loss)  # prog_bar=True would read it off the device at every step
         return loss
+
+    def _training_loss(self, batch: Batch) -> Tensor:
+        if self._distillation is not None:
+            return self._distillation(self.lm, batch).total
+        return self.loss(self.lm, batch)
+
+    def _distilled(self, distillation: Distillation, batch: Batch) -> Tensor:
+        loss = distillation(self.lm, batch)
+        self.log("train/loss", loss.total)
+        self.log("train/next_token_loss", loss.next_token)
+        self.log("train/distill_logits", loss.logits)
+        self.log("train/distill_hidden", loss.hidden)
+        return loss.total
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Gather the loss, weighted by target tokens."""
         tokens = target_tokens(batch)
+        loss = self.loss(self.lm, batch)  # without a target too: a sharded model needs every rank in every pass
         if tokens > 0:
-            self.validation_loss.update(causal_lm_loss(self.lm, batch).detach().float(), tokens)
+            self.validation_loss.update(loss.detach().float(), tokens)
 
     def on_validation_epoch_end(self) -> None:
         """Log val/loss and its exponential, in a fit at the number of steps done; Lightning's own is one behind."""
@@ -118,6 +216,19 @@ class CausalLM(LightningModule):
         schedule = warmup_cosine(optimizer, self.settings.schedule, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(  # type: ignore[override]
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by norm inside the optimizer's step, and leave the step out where gradients are not finite.
+
+        Raises:
+            InputError: clipping by value.
+        """
+        if gradient_clip_val and gradient_clip_algorithm not in (None, "norm"):
+            raise InputError("trainer.gradient_clip_algorithm", "must be norm, to which gradients are clipped here")
+        norm = guard_step(optimizer, gradient_clip_val, self.skipped)
+        self.log("train/gradient_norm", norm)
+
     def total_steps(self) -> int:
         """Optimizer steps of the whole run.
 
@@ -127,22 +238,33 @@ class CausalLM(LightningModule):
             InputError: the recipe sets no end.
         """
         trainer = self.trainer
-        batches: int = trainer.datamodule.batches_per_epoch  # type: ignore[attr-defined]
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        steps = [trainer.max_steps] if trainer.max_steps > 0 else []
-        if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            steps.append(trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches))
-        if not steps:
-            raise InputError("trainer.max_steps", "give it or trainer.max_epochs: the schedule spans the whole run")
-        return min(steps)
+        limits = Limits(trainer.max_steps, trainer.max_epochs, self.budget.max_tokens)
+        steps = run_steps(limits, self.batch_tokens(), self.epoch_batches(), trainer.accumulate_grad_batches)
+        if steps is None:
+            raise InputError(
+                "trainer.max_steps",
+                "give it, trainer.max_epochs or budget.max_tokens: the schedule spans the whole run",
+            )
+        return steps
+
+    def epoch_batches(self) -> int:
+        """Batches of an epoch on each device."""
+        batches: int = self.trainer.datamodule.batches_per_epoch  # type: ignore[attr-defined]
+        limit = self.trainer.limit_train_batches
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+    def batch_tokens(self) -> int:
+        """Tokens of a batch over all devices, padding included."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        tokens: int = data.tokens_per_epoch // data.batches_per_epoch
+        return tokens
 
     def trainable_names(self) -> set[str]:
-        """State-dict names of what trains, and so of what a LoRA checkpoint holds."""
+        """State-dict names of what trains, and so of what a checkpoint holds unless all does."""
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """All weights, or with LoRA the adapters alone: source and plan give the rest."""
+        """All weights, or where only some train those alone: source and plan give the rest."""
         state = nn.Module.state_dict(self, *args, **kwargs)
         if self.settings.method == "full":
             return state
@@ -155,6 +277,8 @@ class CausalLM(LightningModule):
         Raises:
             InputError: it was written under another method, or for another model.
         """
+        if "state_dict" not in checkpoint:  # ModelParallelStrategy has loaded the weights by itself
+            return
         expected, found = set(self.state_dict()), set(checkpoint["state_dict"])
         if expected != found:
             odd = sorted(expected ^ found)[0]

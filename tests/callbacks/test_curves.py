@@ -1,21 +1,27 @@
 """What TensorBoard shows of a run, each number against one computed apart from the run."""
 
 import math
+import re
+import traceback
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from laco_train.collapse import CollapsePlan, apply_plan
 from laco_train.settings import DataSettings, ScheduleSettings
 from laco_train.training.data import PackedText
 from laco_train.training.optim import learning_rate_factor
-from tests.cli.runs import VALIDATION, Project, Run, events, scalars
+from tests.cli.runs import TRAIN, VALIDATION, Project, Run, events, scalars
 from tests.oracles.packing import packed_text
 
 
@@ -122,6 +128,84 @@ def test_speed_is_seen(seen: EventAccumulator, run: Run) -> None:
     assert min(speeds) > 0
     assert run.summary()["tokens_per_second"] > 0
     assert [tokens for _, tokens in scalars(seen, "train/tokens")][-1] == 384
+
+
+def test_utilisation_is_operations_over_the_rate(
+    seen: EventAccumulator, run: Run, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    summary = run.summary()
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(run.folder / "export").parameters())
+    ids = [[*tiny_tokenizer.encode(text, add_special_tokens=False), tiny_tokenizer.eos_token_id] for text in TRAIN]
+    lengths: list[int] = []
+    for block in packed_text(ids, 32):
+        starts = [i for i, (_, _, position) in enumerate(block) if position == 0] + [32]
+        lengths += [end - start for start, end in pairwise(starts)]
+    attended = sum(n * n for n in lengths) / sum(lengths)
+    assert summary["flops_per_token"] == pytest.approx(6 * parameters + 6 * 4 * 32 * attended)
+    assert re.search(r"^Matrix products: [\d,]+ [TG]FLOP/s in float32$", run.result.out, re.MULTILINE)
+    rate = summary["matrix_product_flops"]
+    speeds, shares = scalars(seen, "train/tokens_per_second"), scalars(seen, "train/mfu")
+    assert [step for step, _ in shares] == [step for step, _ in speeds]
+    expected = [summary["flops_per_token"] * speed / rate for _, speed in speeds]
+    assert [share for _, share in shares] == pytest.approx(expected, rel=1e-5)
+    assert summary["mfu"] == pytest.approx(summary["flops_per_token"] * summary["tokens_per_second"] / rate)
+
+
+def test_peak_memory_is_that_of_the_process(seen: EventAccumulator) -> None:
+    peaks = [peak for _, peak in scalars(seen, "train/peak_gib")]
+    assert len(peaks) == 6
+    assert peaks == sorted(peaks)  # a peak never falls
+    status = Path("/proc/self/status").read_text()
+    (now,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    assert 0.05 < peaks[-1] <= int(now) / 2**20 + 0.01
+
+
+class ReadsOffTheDevice(TorchDispatchMode):
+    """Notes the step of a Trainer at which a value is read off its device.
+
+    The optimizer's own counters aside, which are on the CPU, and Transformers' look at the positions, which belongs to
+    its way of packing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+        self.trainer: Trainer | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        callers = [frame.filename for frame in traceback.extract_stack(limit=6)]
+        inner = any("torch/optim/" in name or name.endswith("masking_utils.py") for name in callers)
+        if func is torch.ops.aten._local_scalar_dense.default and not inner and self.trainer is not None:
+            self.steps.append(self.trainer.global_step)
+        return func(*args, **(kwargs or {}))
+
+
+READS = ReadsOffTheDevice()
+
+
+class WatchReads(Callback):
+    """Counts from the first training batch to the last."""
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Training only."""
+        READS.trainer = trainer
+
+    def on_train_end(self, *_: Any) -> None:
+        """What follows is no step."""
+        READS.trainer = None
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_values_are_read_off_the_device_at_the_interval_alone(project: Project, accumulate: int) -> None:
+    READS.steps.clear()
+    options = ["--trainer.log_every_n_steps=3", "--trainer.max_steps=8", "--trainer.val_check_interval=100"]
+    options += ["--trainer.enable_progress_bar=true", "--export.enabled=false"]
+    with READS:
+        watch = f"--trainer.callbacks+={WatchReads.__module__}.WatchReads"
+        run = project.fit(*options, watch, f"--trainer.accumulate_grad_batches={accumulate}")
+    assert {3, 6} <= set(READS.steps) <= {0, 3, 6}
+    loss = scalars(events(run.folder), "train/loss")[-1][1]
+    assert f"train/loss: {loss:.3f}" in run.result.out  # the bar shows the last that was logged
 
 
 def test_search_is_a_figure_and_the_plan_a_text(seen: EventAccumulator, run: Run) -> None:

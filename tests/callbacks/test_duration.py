@@ -3,8 +3,10 @@
 import re
 
 import pytest
+import torch
 
-from laco_train.callbacks.duration import as_duration, matmul_rate
+from laco_train.callbacks.duration import as_duration
+from laco_train.training.matmul import matmul_rate
 from tests.cli.runs import Run
 
 
@@ -22,4 +24,4 @@ def test_units(seconds: float, words: str) -> None:
 
 
 def test_rate_is_that_of_a_processor() -> None:
-    assert 1e8 < matmul_rate(64) < 1e14
+    assert 1e8 < matmul_rate(torch.device("cpu"), size=64) < 1e14

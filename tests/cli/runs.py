@@ -179,6 +179,19 @@ class Poison(Callback):
             next(pl_module.parameters()).data.fill_(float("inf"))
 
 
+class SpoilGradients(Callback):
+    """Makes a gradient infinite at the optimizer steps `steps`, counted from 0."""
+
+    def __init__(self, steps: list[int]):
+        self.steps = steps
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """After the backward pass."""
+        if trainer.global_step in self.steps:
+            gradients = (p.grad for p in pl_module.parameters() if p.grad is not None)
+            next(gradients).view(-1)[0] = float("inf")
+
+
 def same_bytes(one: Path, other: Path) -> None:
     """Assert that two folders hold the same files, byte for byte."""
     names = sorted(p.name for p in one.iterdir())

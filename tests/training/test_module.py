@@ -18,6 +18,7 @@ class Epoch:
     """As much of PackedText as the length of a run needs."""
 
     batches_per_epoch = 10
+    tokens_per_epoch = 640
 
 
 @pytest.fixture

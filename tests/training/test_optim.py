@@ -1,16 +1,24 @@
-"""AdamW's groups, and the learning rate over a run."""
+"""Which AdamW, its groups, and the learning rate over a run."""
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from laco_train.settings import OptimizerSettings, ScheduleSettings
+from laco_train.errors import InputError
+from laco_train.settings import OptimizerSettings, ScheduleSettings, SmallUpdates
+from laco_train.training.bf16_adamw import BF16AdamW
 from laco_train.training.optim import adamw, learning_rate_factor, parameter_groups, warmup_cosine
+from tests.cli.conftest import project
+from tests.cli.runs import KEEP_ALL, Project, same_bytes
+
+__all__ = ["project"]
 
 SCHEDULE = ScheduleSettings(warmup_steps=4, final_ratio=0.1)
 
@@ -75,3 +83,66 @@ def test_schedule_moves_every_group() -> None:
         schedule.step()
     assert [rates.pop() for rates in seen] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
     assert all(not rates for rates in seen)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "small_updates", "kind", "exact"),
+    [
+        ([torch.bfloat16], "stochastic", BF16AdamW, False),
+        ([torch.bfloat16], "float32", BF16AdamW, True),
+        ([torch.bfloat16], "nearest", torch.optim.AdamW, None),
+        ([torch.float32], "stochastic", torch.optim.AdamW, None),
+        ([torch.float32], "float32", torch.optim.AdamW, None),
+        ([torch.bfloat16, torch.float32], "stochastic", BF16AdamW, False),
+        ([torch.bfloat16, torch.float32], "float32", BF16AdamW, True),
+    ],
+)
+def test_which_adamw(
+    dtypes: list[torch.dtype], small_updates: SmallUpdates, kind: type[torch.optim.Optimizer], exact: bool | None
+) -> None:
+    model = nn.ModuleList(nn.Linear(2, 2, dtype=dtype) for dtype in dtypes)
+    optimizer = adamw(model, OptimizerSettings(learning_rate=0.02, beta1=0.8, small_updates=small_updates))
+    assert type(optimizer) is kind
+    assert getattr(optimizer, "exact", None) is exact
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert {(group["lr"], group["betas"][0]) for group in optimizer.param_groups} == {(0.02, 0.8)}
+
+
+@pytest.mark.parametrize(
+    ("torchao", "settings", "problem"),
+    [
+        (False, {}, "needs torchao"),
+        (True, {}, "needs a GPU"),
+        (True, {"small_updates": "float32"}, "small_updates: float32"),
+    ],
+)
+def test_eight_bit_is_refused_where_it_cannot_be(
+    torchao: bool, settings: dict[str, Any], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec("torch") if torchao else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    with pytest.raises(InputError, match=rf"^model\.optimizer\.eight_bit: .*{problem}") as refused:
+        adamw(nn.Linear(2, 2, dtype=torch.bfloat16), OptimizerSettings(eight_bit=True, **settings))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("small_updates", ["stochastic", "float32"])
+def test_bfloat16_run_learns_resumes_to_the_bit_and_exports(project: Project, small_updates: str) -> None:
+    options = ["--trainer.precision", "bf16-true", "--model.optimizer.small_updates", small_updates]
+    whole = project.fit(*options, *KEEP_ALL)
+    losses = whole.validation()
+    assert losses[-1] < losses[0] - 0.1
+    states = whole.state()["optimizer_states"][0]["state"]
+    assert all(("low" in state) is (small_updates == "float32") for state in states.values())
+    assert {state["exp_avg"].dtype for state in states.values()} == {torch.bfloat16}
+    resumed = project.fit("--ckpt_path", str(whole.checkpoint(2)), *options, *KEEP_ALL)
+    expected, again = whole.state(), resumed.state()
+    assert [n for n, w in again["state_dict"].items() if not torch.equal(w, expected["state_dict"][n])] == []
+    theirs = again["optimizer_states"][0]["state"]
+    assert theirs.keys() == states.keys()
+    for number, state in states.items():
+        for name, value in state.items():
+            # bits: those that bfloat16 dropped may look like a NaN
+            assert torch.equal(value.reshape(-1).view(torch.uint8), theirs[number][name].reshape(-1).view(torch.uint8))
+    same_bytes(whole.folder / "export", resumed.folder / "export")
+    assert "Model: " in whole.result.out

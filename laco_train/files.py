@@ -1,0 +1,28 @@
+"""Files that a kill or a full disk can't leave half written."""
+
+import os
+from pathlib import Path
+
+
+def flush_folder(folder: Path) -> None:
+    """Make names in `folder` survive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` beside `path`, flush it, then put it in its place.
+
+    Raises:
+        OSError: the disk is full, or not to be written to; what was at `path` stays.
+    """
+    aside = path.with_name(f"{path.name}.partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    flush_folder(path.parent)

@@ -1,0 +1,111 @@
+"""Checkpoints that are whole or not there: written aside, flushed, verified, then renamed."""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from laco_train.errors import TrainingStopped
+from laco_train.files import flush_folder
+from laco_train.training.module import CHECKPOINT_KEY
+from laco_train.training.sharded import META, SafeReader
+
+PARTIAL = ".partial"
+"""Ends the name of a checkpoint being written."""
+_UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+class VerifiedCheckpointIO(TorchCheckpointIO):
+    """Lightning's CheckpointIO for files on a local or mounted disk; reads with weights_only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write beside `path`, flush, read it back, rename; what was at `path` stays until then.
+
+        Raises:
+            TrainingStopped: the disk is full, or gave back other bytes; nothing partial is left.
+        """
+        path = Path(path)
+        aside = path.with_name(path.name + PARTIAL)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with aside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if reason := broken_records(aside):
+                raise OSError(reason)
+            aside.replace(path)
+            flush_folder(path.parent)
+        except (OSError, RuntimeError) as error:
+            aside.unlink(missing_ok=True)
+            raise not_saved(path, error) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Callable | None = lambda storage, _: storage, weights_only: Any = None
+    ) -> dict[str, Any]:
+        """Lightning's, but never runs code from the file."""
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def not_saved(path: Path, error: BaseException) -> TrainingStopped:
+    """What to raise if the checkpoint `path` could not be written."""
+    # torch reports a failed write as a broken archive, raised while the system's own error was handled
+    cause = error if isinstance(error, OSError) or error.__context__ is None else error.__context__
+    reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())
+    return TrainingStopped(
+        f"can't save {path} ({reason}); the checkpoint before it is kept: make room, then go on with --resume auto"
+    )
+
+
+def broken_records(path: Path) -> str | None:
+    """Why the bytes of a checkpoint file are not those written; None if every record has its checksum.
+
+    It reads the whole file: about a second for 2 GB in the page cache.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except _UNREADABLE as error:
+        return f"it is cut short or damaged: {error}"
+    return None if bad is None else f"its record {bad} is damaged"
+
+
+def broken_shards(folder: Path) -> str | None:
+    """Why a sharded folder is not whole; None if all that its index names is there.
+
+    torch.distributed.checkpoint flushes the shards before it names them in the index, and ``meta.pt`` comes after.
+    """
+    if not (folder / META).is_file():
+        return f"it was not finished: it has no {META}"
+    try:
+        stored = SafeReader(folder).read_metadata().storage_data
+    except _UNREADABLE as error:
+        return f"its index can't be read: {error}"
+    for info in (stored or {}).values():
+        shard = folder / info.relative_path
+        if not shard.is_file() or shard.stat().st_size < info.offset + info.length:
+            return f"its shard {shard.name} is missing or cut short"
+    return broken_records(folder / META)
+
+
+def fault(path: Path) -> str | None:
+    """Why `path`, a file or a sharded folder, is no good checkpoint of fit; None if it is one."""
+    if reason := broken_shards(path) if path.is_dir() else broken_records(path):
+        return reason
+    try:
+        header = read_header(path)
+    except _UNREADABLE as error:
+        return f"it can't be read: {' '.join(str(error).split())[:200]}"
+    return None if CHECKPOINT_KEY in header and "global_step" in header else "it was not written by fit"
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, read with weights_only: tensors of a file are mapped, those of a folder left out."""
+    source = path / META if path.is_dir() else path
+    found = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,114 @@
+"""Activation checkpointing of as many layers as memory asks for, found by measuring (issue 5, Speed)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from laco_train.collapse import decoder_of
+from laco_train.training.loss import base_of
+
+# What the allocator loses to fragments, and what kernels ask for beside it.
+_USABLE = 0.94
+_RETRIES = 3
+
+
+def set_checkpointing(model: nn.Module, layers: int) -> None:
+    """Let the first `layers` decoder layers recompute their activations in the backward pass, and no other."""
+    base = base_of(model)
+    if layers == 0:
+        getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()
+        return
+    arguments = {"use_reentrant": False}
+    if hasattr(base, "activation_checkpointing_enable"):  # the name of Transformers 5.23
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    for number, layer in enumerate(decoder_of(base).stack):
+        layer.gradient_checkpointing = number < layers  # type: ignore[assignment]
+
+
+def fewest_layers(depth: int, peak_of: Callable[[int], int], usable: int) -> int:
+    """How many layers must recompute so that a step's peak stays within `usable` bytes.
+
+    The peak is close to a straight line in that number, so that two measurements tell, and a third confirms.
+
+    Args:
+        depth: number of layers.
+        peak_of: peak bytes of a step if so many layers recompute; may raise torch.OutOfMemoryError.
+
+    Raises:
+        torch.OutOfMemoryError: even with all of them.
+    """
+    least = peak_of(depth)
+    kept = min(2, depth)
+    saving = max((_peak_or(peak_of, depth - kept, usable) - least) / kept, 1.0)
+    layers = max(depth - int(max(usable - least, 0) / saving), 0)
+    for _ in range(_RETRIES):
+        if layers >= depth or _peak_or(peak_of, layers, usable + 1) <= usable:
+            break
+        layers = min(layers + max(depth // 10, 1), depth)
+    else:
+        layers = depth
+    return layers
+
+
+def _peak_or(peak_of: Callable[[int], int], layers: int, otherwise: int) -> int:
+    try:
+        return peak_of(layers)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return otherwise
+
+
+def usable_bytes(device: torch.device) -> int:
+    """Bytes of the GPU that this process may fill: its share, less what others hold."""
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return int(_USABLE * min(free + own, share * total))
+
+
+def measured_layers(
+    model: nn.Module, step: Callable[[], None], optimizer_bytes: int, batches: int, device: torch.device
+) -> int:
+    """Fewest layers of `model` that must recompute on the GPU `device`; they are left set to.
+
+    Args:
+        step: a forward and a backward pass on a batch as training has them; it leaves gradients.
+        optimizer_bytes: of the optimizer's states, which don't exist yet.
+        batches: that are accumulated to a step.
+    """
+    depth = len(decoder_of(base_of(model)).stack)
+    usable = usable_bytes(device)
+    reserve = torch.empty(optimizer_bytes, dtype=torch.uint8, device=device)
+
+    def peak_of(layers: int) -> int:
+        set_checkpointing(model, layers)
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            for _ in range(min(batches, 2)):  # from the second on, gradients are there beside the activations
+                step()
+            return torch.cuda.max_memory_allocated(device)
+        finally:
+            model.zero_grad(set_to_none=True)
+
+    try:
+        with torch.random.fork_rng(devices=[device]):
+            layers = fewest_layers(depth, peak_of, usable)
+    finally:
+        del reserve
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    set_checkpointing(model, layers)
+    return layers
+
+
+def optimizer_bytes(model: nn.Module, *, eight_bit: bool, exact: bool) -> int:
+    """Bytes of AdamW's states for the trainable parameters of `model`."""
+    total = 0
+    for p in model.parameters():
+        if p.requires_grad:
+            each = 2.1 if eight_bit else 2 * p.element_size() + (2 if exact and p.dtype == torch.bfloat16 else 0)
+            total += int(each * p.numel())
+    return total

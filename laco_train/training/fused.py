@@ -1,0 +1,154 @@
+"""The fast way to the same losses: fused kernels, compiled layers, attention by documents (issue 5, Speed).
+
+What a model can't do is found out by trying on a few blocks, and left to Transformers' own code.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+
+from laco_train.collapse import decoder_of
+from laco_train.errors import InputError
+from laco_train.settings import SpeedSettings
+from laco_train.training.attention import set_document_attention
+from laco_train.training.bf16_adamw import has_triton
+from laco_train.training.linear_loss import linear_loss
+from laco_train.training.loss import Batch, base_of, causal_lm_loss, model_inputs, next_tokens
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+# Two ways of rounding in half precision differ by less; a missing mask or cap differs by more.
+_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What was chosen.
+
+    Attributes:
+        attention: attention by documents on a flash kernel.
+        loss: logits never stored.
+        compiled: layers compiled, each on its own.
+        reasons: why something was left to Transformers.
+    """
+
+    attention: bool = False
+    loss: bool = False
+    compiled: bool = False
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        names = {"attention by documents": self.attention, "loss without logits": self.loss, "layers": self.compiled}
+        fused = [name for name, chosen in names.items() if chosen]
+        if not fused:
+            return f"Transformers' own ({'; '.join(self.reasons)})" if self.reasons else "Transformers' own"
+        left = f" ({'; '.join(self.reasons)})" if self.reasons else ""
+        return f"fused: {', '.join(fused)}{left}"
+
+
+PLAIN = Kernels()
+
+
+def fused_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """What `causal_lm_loss` gives, without storing logits; the head must be a plain linear map."""
+    base = base_of(model)
+    states = base.base_model(**model_inputs(model, batch)).last_hidden_state
+    weight = base.get_output_embeddings().weight
+    # autocast's matrix products take this type anyway
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else states.dtype
+    with torch.autocast("cuda", enabled=False):
+        return linear_loss(states.flatten(0, 1).to(dtype), weight, next_tokens(batch).flatten(), compiled=True)
+
+
+def choose(
+    model: nn.Module,
+    settings: SpeedSettings,
+    strategy: Strategy,
+    probe: Batch,
+    context: Callable[[], AbstractContextManager[None]],
+) -> tuple[Kernels, Loss]:
+    """Switch `model` to what it can do, and say what that is.
+
+    Args:
+        model: collapsed, with its adapters, on its device, in training mode.
+        probe: a block or two, on that device.
+        context: the precision under which the model trains.
+
+    Raises:
+        InputError: speed.kernels is fused, and there is no GPU with Triton.
+    """
+    missing = _missing(strategy.root_device)
+    if settings.kernels == "fused" and missing:
+        raise InputError("speed.kernels", f"fused needs {missing}; say auto or plain")
+    if settings.kernels == "plain" or missing:
+        return PLAIN, causal_lm_loss
+    reasons: list[str] = []
+    with torch.no_grad(), context():
+        expected = causal_lm_loss(model, probe)
+        attention = _half_precision(model, reasons) and _same(
+            model, probe, expected, causal_lm_loss, attention=True, reasons=reasons
+        )
+        sharded = isinstance(strategy, ModelParallelStrategy)
+        if sharded:
+            reasons.append("layers and loss stay plain where weights are sharded")
+            loss = False
+        else:
+            loss = _plain_head(model, probe, reasons) and _same(
+                model, probe, expected, fused_loss, attention=attention, reasons=reasons
+            )
+    if not sharded:
+        for layer in decoder_of(base_of(model)).stack:
+            layer.compile()
+    return Kernels(attention, loss, not sharded, tuple(reasons)), fused_loss if loss else causal_lm_loss
+
+
+def _missing(device: torch.device) -> str:
+    """What fused kernels lack here; empty if nothing."""
+    if device.type != "cuda":
+        return "a GPU"
+    return "" if has_triton() else "Triton"
+
+
+def _half_precision(model: nn.Module, reasons: list[str]) -> bool:
+    if torch.is_autocast_enabled("cuda") or next(model.parameters()).dtype != torch.float32:
+        return True
+    reasons.append("attention: flash kernels compute in half precision only")
+    return False
+
+
+def _same(model: nn.Module, probe: Batch, expected: Tensor, loss: Loss, *, attention: bool, reasons: list[str]) -> bool:
+    """Whether `loss` gives what is expected; the attention is left switched on only then."""
+    what = "attention" if loss is causal_lm_loss else "loss"
+    set_document_attention(model, attention)
+    try:
+        found = loss(model, probe)
+        differs = abs(float(found) - float(expected)) > _TOLERANCE
+        reason = f"{what} would differ by {abs(float(found) - float(expected)):.3f} nats" if differs else ""
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{what}: {str(error).splitlines()[0][:100]}"
+    if reason:
+        reasons.append(reason)
+        if what == "attention":
+            set_document_attention(model, False)
+    return not reason
+
+
+def _plain_head(model: nn.Module, probe: Batch, reasons: list[str]) -> bool:
+    """Whether logits are the last hidden states times the head's weights and nothing else."""
+    base = base_of(model)
+    head: Any = base.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        reasons.append("loss: the head is no plain linear map")
+        return False
+    inputs = model_inputs(model, probe)
+    logits = model(**inputs).logits.float()
+    states = base.base_model(**inputs).last_hidden_state
+    product = nn.functional.linear(states, head.weight).float()
+    if float((logits - product).norm()) > _TOLERANCE * float(product.norm()):
+        reasons.append("loss: the model does more to its logits")
+        return False
+    return True
