@@ -67,6 +67,7 @@ from laco_train.settings import (
 from laco_train.training.checkpoint import read_checkpoint, rebuilt, refuse_other_layout
 from laco_train.training.checkpoint_io import VerifiedCheckpointIO
 from laco_train.training.data import PackedText
+from laco_train.training.fused import check_kernels
 from laco_train.training.memory import is_out_of_memory
 from laco_train.training.module import CausalLM
 from laco_train.training.parallel import check_sizes, gathered, refuse_strategy
@@ -194,6 +195,8 @@ class RecipeCLI(LightningCLI):
         self.curves = Curves(self.collapse, self.utilisation)
         self.trainer = self.instantiate_trainer()
         check_sizes(self.trainer)
+        if self.subcommand == "fit":
+            check_kernels(self.speed_settings, self.trainer.strategy.root_device)
         if self.checkpoint is not None:
             refuse_other_layout(self.checkpoint, self.trainer, resuming=self.subcommand == "fit")
         self._say_device()
@@ -249,9 +252,9 @@ class RecipeCLI(LightningCLI):
         if self.budget_settings.max_tokens is not None and trainer_config.get("max_epochs") is None:
             trainer_config["max_epochs"] = -1  # else Lightning would end the run after 1000
         callbacks = [self.memory, self.collapse, StopAtBudget(), self.utilisation, EstimateDuration(self.utilisation)]
-        callbacks += [ReportKernels(), SeedSteps(self._get(self.config_init, "seed_everything")), self.curves, Divergence()]
-        self.signals = StopOnSignal()
-        callbacks += [MarkEventFiles(), self.signals, *self._checkpoints(trainer_config)]
+        callbacks += [ReportKernels(), self.curves, Divergence()]
+        self.signals, seeds = StopOnSignal(), SeedSteps(self._get(self.config_init, "seed_everything"))
+        callbacks += [seeds, MarkEventFiles(), self.signals, *self._checkpoints(trainer_config)]
         trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), VerifiedCheckpointIO()]
         if trainer_config.get("enable_progress_bar") is not False:
             callbacks.append(RunProgressBar())

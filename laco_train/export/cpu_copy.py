@@ -11,7 +11,6 @@ from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 
 from laco_train.training.attention import attends_by_documents, set_document_attention
-from laco_train.training.checkpointing import set_checkpointing
 
 
 @torch.no_grad()
@@ -35,7 +34,6 @@ def cpu_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     assert isinstance(duplicate, PreTrainedModel)
     if attends_by_documents(duplicate):
         set_document_attention(duplicate, False)
-    set_checkpointing(duplicate, 0)
     return duplicate.eval().requires_grad_(False)
 
 

@@ -13,21 +13,6 @@ _USABLE = 0.94
 _RETRIES = 3
 
 
-def set_checkpointing(model: nn.Module, layers: int) -> None:
-    """Let the first `layers` decoder layers recompute their activations in the backward pass, and no other."""
-    base = base_of(model)
-    if layers == 0:
-        getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()
-        return
-    arguments = {"use_reentrant": False}
-    if hasattr(base, "activation_checkpointing_enable"):  # the name of Transformers 5.23
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
-    else:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
-    for number, layer in enumerate(decoder_of(base).stack):
-        layer.gradient_checkpointing = number < layers  # type: ignore[assignment]
-
-
 def fewest_layers(depth: int, peak_of: Callable[[int], int], usable: int) -> int:
     """How many layers must recompute so that a step's peak stays within `usable` bytes.
 
@@ -70,11 +55,17 @@ def usable_bytes(device: torch.device) -> int:
 
 
 def measured_layers(
-    model: nn.Module, step: Callable[[], None], optimizer_bytes: int, batches: int, device: torch.device
+    model: nn.Module,
+    arrange: Callable[[int], None],
+    step: Callable[[], None],
+    optimizer_bytes: int,
+    batches: int,
+    device: torch.device,
 ) -> int:
-    """Fewest layers of `model` that must recompute on the GPU `device`; they are left set to.
+    """Fewest layers of `model` that must recompute on the GPU `device`.
 
     Args:
+        arrange: lets so many layers recompute.
         step: a forward and a backward pass on a batch as training has them; it leaves gradients.
         optimizer_bytes: of the optimizer's states, which don't exist yet.
         batches: that are accumulated to a step.
@@ -84,7 +75,7 @@ def measured_layers(
     reserve = torch.empty(optimizer_bytes, dtype=torch.uint8, device=device)
 
     def peak_of(layers: int) -> int:
-        set_checkpointing(model, layers)
+        arrange(layers)
         torch.cuda.reset_peak_memory_stats(device)
         try:
             for _ in range(min(batches, 2)):  # from the second on, gradients are there beside the activations
@@ -100,7 +91,6 @@ def measured_layers(
         del reserve
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    set_checkpointing(model, layers)
     return layers
 
 

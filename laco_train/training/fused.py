@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
-from laco_train.collapse import decoder_of
 from laco_train.errors import InputError
 from laco_train.settings import SpeedSettings
 from laco_train.training.attention import set_document_attention
@@ -23,6 +22,8 @@ from laco_train.training.loss import Batch, base_of, causal_lm_loss, model_input
 Loss = Callable[[nn.Module, Batch], Tensor]
 # Two ways of rounding in half precision differ by less; a missing mask or cap differs by more.
 _TOLERANCE = 0.02
+# Logits of a probe are made so many times larger: a cap leaves small ones as they are.
+_ENLARGED = 256
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ def fused_loss(model: nn.Module, batch: Batch) -> Tensor:
         return linear_loss(states.flatten(0, 1).to(dtype), weight, next_tokens(batch).flatten(), compiled=True)
 
 
+def check_kernels(settings: SpeedSettings, device: torch.device) -> None:
+    """Refuse fused kernels where there is no GPU with Triton."""
+    if settings.kernels == "fused" and (missing := _missing(device)):
+        raise InputError("speed.kernels", f"fused needs {missing}; say auto or plain")
+
+
 def choose(
     model: nn.Module,
     settings: SpeedSettings,
@@ -71,7 +78,7 @@ def choose(
     probe: Batch,
     context: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Kernels, Loss]:
-    """Switch `model` to what it can do, and say what that is.
+    """Switch the attention of `model` if that can be done, and say what else can.
 
     Args:
         model: collapsed, with its adapters, on its device, in training mode.
@@ -81,10 +88,8 @@ def choose(
     Raises:
         InputError: speed.kernels is fused, and there is no GPU with Triton.
     """
-    missing = _missing(strategy.root_device)
-    if settings.kernels == "fused" and missing:
-        raise InputError("speed.kernels", f"fused needs {missing}; say auto or plain")
-    if settings.kernels == "plain" or missing:
+    check_kernels(settings, strategy.root_device)
+    if settings.kernels == "plain" or _missing(strategy.root_device):
         return PLAIN, causal_lm_loss
     reasons: list[str] = []
     with torch.no_grad(), context():
@@ -100,9 +105,6 @@ def choose(
             loss = _plain_head(model, probe, reasons) and _same(
                 model, probe, expected, fused_loss, attention=attention, reasons=reasons
             )
-    if not sharded:
-        for layer in decoder_of(base_of(model)).stack:
-            layer.compile()
     return Kernels(attention, loss, not sharded, tuple(reasons)), fused_loss if loss else causal_lm_loss
 
 
@@ -145,9 +147,13 @@ def _plain_head(model: nn.Module, probe: Batch, reasons: list[str]) -> bool:
         reasons.append("loss: the head is no plain linear map")
         return False
     inputs = model_inputs(model, probe)
-    logits = model(**inputs).logits.float()
+    enlarging = head.register_forward_hook(lambda module, args, logits: _ENLARGED * logits)
+    try:
+        logits = model(**inputs).logits.float()
+    finally:
+        enlarging.remove()
     states = base.base_model(**inputs).last_hidden_state
-    product = nn.functional.linear(states, head.weight).float()
+    product = _ENLARGED * nn.functional.linear(states, head.weight).float()
     if float((logits - product).norm()) > _TOLERANCE * float(product.norm()):
         reasons.append("loss: the model does more to its logits")
         return False

@@ -20,12 +20,13 @@ from laco_train.precision import weights_dtype
 from laco_train.settings import BudgetSettings, ModelSettings, SpeedSettings
 from laco_train.training.adapters import attach_lora
 from laco_train.training.budget import Limits, run_steps
-from laco_train.training.checkpointing import measured_layers, optimizer_bytes, set_checkpointing
+from laco_train.training.checkpointing import measured_layers, optimizer_bytes
 from laco_train.training.data import collate
 from laco_train.training.distill import Distillation, distills
 from laco_train.training.fused import PLAIN as PLAIN_KERNELS
 from laco_train.training.fused import Kernels, Loss, choose
 from laco_train.training.last_layers import train_last_layers
+from laco_train.training.layers import arrange_layers
 from laco_train.training.loss import Batch, base_of, causal_lm_loss, target_tokens
 from laco_train.training.optim import adamw, warmup_cosine
 from laco_train.training.parallel import distribute, skeleton
@@ -161,10 +162,13 @@ class CausalLM(LightningModule):
 
             o = self.settings.optimizer
             states = optimizer_bytes(self.lm, eight_bit=o.eight_bit, exact=o.small_updates == "float32")
-            layers = measured_layers(self.lm, step, states, trainer.accumulate_grad_batches, device)
+            layers = measured_layers(self.lm, self._arrange, step, states, trainer.accumulate_grad_batches, device)
             layers = int(trainer.strategy.reduce(torch.tensor(layers, device=device), reduce_op="max"))
-        set_checkpointing(self.lm, layers)
+        self._arrange(layers)
         return layers
+
+    def _arrange(self, recompute: int) -> None:
+        arrange_layers(self.lm, compiled=self.kernels.compiled, recompute=recompute)
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.device) for name, value in batch.items()}
@@ -216,7 +220,7 @@ class CausalLM(LightningModule):
         schedule = warmup_cosine(optimizer, self.settings.schedule, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def configure_gradient_clipping(  # type: ignore[override]
+    def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip by norm inside the optimizer's step, and leave the step out where gradients are not finite.

@@ -62,7 +62,7 @@ def _eight_bit(
         raise InputError(key, "needs a GPU; set it to false")
     from torchao.optim import AdamW8bit
 
-    class HostGuardedAdamW8bit(AdamW8bit):  # type: ignore[misc]
+    class HostGuardedAdamW8bit(AdamW8bit):
         """torchao's, which knows neither ``grad_scale`` nor ``found_inf``: the host looks before each step."""
 
         grad_scale: torch.Tensor | None = None

@@ -18,7 +18,8 @@ COLLAPSE = CollapseSettings(layers_per_merge=2, similarity_threshold=0.3, calibr
 def test_layout_of_a_run(run: Run) -> None:
     assert run.folder.parts[-3:] == ("lightning_logs", "tiny", "version_0")
     names = {p.name for p in run.folder.iterdir() if not p.name.startswith("events.out.tfevents")}
-    assert names == {"checkpoints", "collapse_plan.json", "config.yaml", "export", "hparams.yaml", "summary.json"}
+    whole = {"checkpoints", "collapse_plan.json", "config.yaml", "export", "hparams.yaml", "summary.json"}
+    assert names == whole | {".in_use"}  # held while the run is being written
     assert len(list(run.folder.glob("events.out.tfevents*"))) == 1
     assert [p.name for p in run.folder.parent.iterdir()] == ["version_0"]
 

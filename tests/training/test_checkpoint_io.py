@@ -73,5 +73,5 @@ def test_code_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "c.ckpt"
     VerifiedCheckpointIO().save_checkpoint({**CONTENT, "code": Code()}, path)
     assert "can't be read" in str(fault(path))
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         VerifiedCheckpointIO().load_checkpoint(path, weights_only=False)

@@ -1,5 +1,7 @@
 """The loss that never stores all logits, against torch's cross-entropy of them in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -99,7 +101,10 @@ def test_gradient_that_nobody_asked_for_is_not_made(frozen: str) -> None:
     _, d_hidden, d_weight = expected(hidden, weight, labels)
     still, moving, gradient = (weight, hidden, d_hidden) if frozen == "head" else (hidden, weight, d_weight)
     still.requires_grad_(False)
-    linear_loss(hidden, weight, labels, compiled=False).backward()
+    loss: Any = linear_loss(hidden, weight, labels, compiled=False)
+    made = [gradient is not None for gradient in loss.grad_fn.saved_tensors]
+    assert made == [frozen == "head", frozen == "states"]
+    loss.backward()
     assert still.grad is None
     assert moving.grad is not None
     assert_close((moving.grad,), (gradient,), 1e-6)

@@ -1,0 +1,316 @@
+"""The fast way gives the same losses as Transformers' own, and is left where it can't."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from laco_train.export import cpu_copy
+from laco_train.settings import LoraSettings, SpeedSettings
+from laco_train.training import attention, fused
+from laco_train.training.adapters import attach_lora
+from laco_train.training.attention import attends_by_documents, set_document_attention
+from laco_train.training.checkpointing import set_checkpointing
+from laco_train.training.data import collate
+from laco_train.training.fused import Kernels, fused_loss
+from laco_train.training.loss import Batch, causal_lm_loss, model_inputs
+from tests.cli.conftest import project
+from tests.cli.runs import Project
+
+__all__ = ["project"]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def batch_of(*blocks: list[int]) -> Batch:
+    """Blocks of documents of such lengths; the first token of a document is no target."""
+    values = np.random.default_rng(0)
+    rows = []
+    for lengths in blocks:
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        ids = values.integers(320, size=len(positions))
+        rows.append({"input_ids": ids, "labels": np.where(positions == 0, -100, ids), "position_ids": positions})
+    return collate(rows)
+
+
+BATCH = batch_of([9, 1, 14], [24], [3, 20, 1])
+
+
+@given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=5), min_size=1, max_size=4))
+def test_where_documents_start(lengths: list[list[int]]) -> None:
+    size = max(sum(row) for row in lengths)
+    blocks = [[*row, size - sum(row)] if sum(row) < size else row for row in lengths]
+    starts, at = [], 0
+    for block in blocks:
+        for length in block:
+            starts.append(at)
+            at += length
+    documents = batch_of(*blocks)["documents"]
+    assert documents.dtype == torch.int32
+    assert documents.tolist() == [*starts, at]
+
+
+def slow_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    key_starts: Tensor,
+    longest: int,
+    longest_key: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What torch's varlen_attn computes on a GPU: (tokens, heads, width) each, document by document, in float64."""
+    assert torch.equal(starts, key_starts) and longest == longest_key and window_size[1] == 0
+    assert enable_gqa or key.shape[1] == query.shape[1]
+    assert int(starts.diff().max()) <= longest
+    groups = query.shape[1] // key.shape[1]
+    q, k, v = query.double(), *(x.double().repeat_interleave(groups, dim=1) for x in (key, value))
+    out = torch.empty_like(q)
+    for first, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        for token in range(first, end):
+            seen = slice(first if window_size[0] < 0 else max(first, token - window_size[0]), token + 1)
+            scores = torch.einsum("hd,thd->ht", q[token], k[seen]) * (scale or query.shape[-1] ** -0.5)
+            out[token] = torch.einsum("ht,thd->hd", scores.softmax(-1), v[seen])
+    return out.to(query.dtype)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the flash kernel, which runs on GPUs alone, and in half precision alone."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", slow_attention)
+    monkeypatch.setattr(attention, "_HALF", (torch.float32,))
+
+
+def make(kind: str, **options: Any) -> PreTrainedModel:
+    """A tiny random model of a family."""
+    made: dict[str, Callable[..., PreTrainedModel]] = {
+        "llama": lambda c: LlamaForCausalLM(LlamaForCausalLM.config_class(**c)),
+        "mistral": lambda c: MistralForCausalLM(MistralConfig(**{**c, "sliding_window": 5})),
+        "qwen3": lambda c: Qwen3ForCausalLM(Qwen3Config(**c)),
+        "gemma2": lambda c: Gemma2ForCausalLM(Gemma2Config(**c)),
+        "cohere": lambda c: CohereForCausalLM(CohereConfig(**c)),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return made[kind]({**SIZES, **options}).float().train()
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
+def test_attention_by_documents_is_that_of_a_dense_mask(kind: str, adapted: bool) -> None:
+    base = make(kind)
+    model: Any = attach_lora(base, LoraSettings(rank=2)) if adapted else base
+    with torch.no_grad():
+        expected = model(**model_inputs(model, BATCH)).logits
+        whole = {**BATCH, "position_ids": torch.arange(24).expand(3, 24)}
+        leaking = model(**model_inputs(model, whole)).logits
+        set_document_attention(model, True)
+        assert attends_by_documents(model)
+        found = model(**model_inputs(model, BATCH)).logits
+        set_document_attention(model, False)
+        assert not attends_by_documents(model)
+        again = model(**model_inputs(model, BATCH)).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(again, expected)
+    assert (leaking - expected).abs().max() > 0.1
+
+
+@pytest.mark.usefixtures("kernel")
+def test_sliding_window_matters() -> None:
+    narrow, wide = make("mistral"), make("llama")
+    wide.load_state_dict(narrow.state_dict())
+    for model in (narrow, wide):
+        set_document_attention(model, True)
+    with torch.no_grad():
+        one, other = (model(**model_inputs(model, BATCH)).logits for model in (narrow, wide))
+    torch.testing.assert_close(one[1, :5], other[1, :5])
+    assert (one[1, 6:] - other[1, 6:]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "others", [{"dropout": 0.1}, {"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"documents": None}]
+)
+def test_what_the_kernel_lacks_is_refused(others: dict[str, Any]) -> None:
+    states = torch.zeros(1, 4, 2, 8)
+    options = {"documents": torch.tensor([0, 2], dtype=torch.int32), "longest": 2, **others}
+    with pytest.raises(NotImplementedError):
+        attention.document_attention(nn.Module(), states, states, states, None, **options)
+
+
+@pytest.fixture
+def eager_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss without torch.compile, which only makes it faster."""
+    plain = fused.linear_loss
+
+    def eager(hidden: Tensor, weight: Tensor, labels: Tensor, *, compiled: bool) -> Tensor:
+        return plain(hidden, weight, labels, compiled=False)
+
+    monkeypatch.setattr(fused, "linear_loss", eager)
+
+
+def loss_and_gradients(loss: fused.Loss, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    value = loss(model, BATCH)
+    value.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return value.detach(), gradients
+
+
+@pytest.mark.usefixtures("eager_loss")
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_without_logits_is_the_same(tied: bool, adapted: bool) -> None:
+    base = make("llama", tie_word_embeddings=tied)
+    model: Any = attach_lora(base, LoraSettings(rank=2)) if adapted else base
+    expected, slopes = loss_and_gradients(causal_lm_loss, model)
+    found, ours = loss_and_gradients(fused_loss, model)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert ours.keys() == slopes.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, slopes[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("eager_loss", "kernel")
+def test_loss_without_logits_under_attention_by_documents() -> None:
+    model = make("qwen3")
+    expected, _ = loss_and_gradients(causal_lm_loss, model)
+    set_document_attention(model, True)
+    found, _ = loss_and_gradients(fused_loss, model)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
+def test_plain_heads(kind: str) -> None:
+    reasons: list[str] = []
+    with torch.no_grad():
+        assert fused._plain_head(make(kind), BATCH, reasons)
+    assert reasons == []
+
+
+def with_bias() -> nn.Module:
+    model = make("llama")
+    model.lm_head = nn.Linear(32, 320, bias=True)
+    return model
+
+
+def with_adapted_head() -> nn.Module:
+    return attach_lora(make("llama"), LoraSettings(rank=2, targets=["lm_head"]))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [functools.partial(make, "gemma2"), functools.partial(make, "cohere"), with_bias, with_adapted_head],
+    ids=["gemma2", "cohere", "bias", "adapter"],
+)
+def test_heads_that_do_more_are_found(build: Callable[[], nn.Module]) -> None:
+    reasons: list[str] = []
+    with torch.no_grad():
+        assert not fused._plain_head(build(), BATCH, reasons)
+    (reason,) = reasons
+    assert reason.startswith("loss: ")
+
+
+class OnCPU:
+    """As much of a strategy as the choice looks at."""
+
+    root_device = torch.device("cpu")
+
+
+def test_auto_is_plain_on_the_cpu() -> None:
+    model = make("llama")
+    kernels, loss = fused.choose(model, SpeedSettings(), OnCPU(), BATCH, contextlib.nullcontext)  # type: ignore[arg-type]
+    assert loss is causal_lm_loss
+    assert kernels == Kernels()
+    assert str(kernels) == "Transformers' own"
+    assert not attends_by_documents(model)
+    assert all(layer._compiled_call_impl is None for layer in model.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "words"),
+    [
+        (
+            Kernels(True, True, True),
+            "fused: attention by documents, loss without logits, layers",
+        ),
+        (Kernels(loss=True, reasons=("attention: no",)), "fused: loss without logits (attention: no)"),
+        (Kernels(reasons=("attention: no", "loss: no")), "Transformers' own (attention: no; loss: no)"),
+    ],
+)
+def test_words(kernels: Kernels, words: str) -> None:
+    assert str(kernels) == words
+
+
+def test_fused_without_a_gpu_is_refused_before_anything_is_done(project: Project) -> None:
+    before = project.files()
+    result = project("fit", "--recipe", "tiny.yaml", "--speed.kernels", "fused")
+    assert result.code == 2
+    (line,) = (line for line in result.err.splitlines() if not line.startswith("INFO: "))
+    assert "speed.kernels: fused needs a GPU" in line
+    assert project.files() == before
+    assert "Validation loss" not in result.out
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("adapted", [False, True])
+def test_copy_for_the_cpu_is_free_of_all_of_it(adapted: bool, tmp_path: Path) -> None:
+    base = make("llama")
+    with torch.no_grad():
+        expected = base(**model_inputs(base, BATCH)).logits
+    model: Any = attach_lora(base, LoraSettings(rank=2)) if adapted else base
+    set_document_attention(model, True)
+    for layer in base.model.layers:
+        layer.compile()
+    set_checkpointing(model, 2)
+    duplicate = cpu_copy(model, torch.float32)
+    assert not attends_by_documents(duplicate)
+    assert not duplicate.is_gradient_checkpointing
+    assert all(layer._compiled_call_impl is None for layer in duplicate.model.layers)
+    duplicate.save_pretrained(tmp_path)
+    assert "laco" not in (tmp_path / "config.json").read_text()
+    assert attention.NAME not in (tmp_path / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        for copied in (duplicate, loaded):
+            torch.testing.assert_close(copied(**model_inputs(copied, BATCH)).logits, expected, rtol=1e-5, atol=1e-5)
+    assert attends_by_documents(model)  # it goes on training
+    assert [layer.gradient_checkpointing for layer in base.model.layers] == [True, True, False]
