@@ -57,7 +57,7 @@ class Curves(Callback):
         collapsed = self.collapse.losses["collapsed"]
         self.validation.append((0, 0, collapsed))
         values = {"val/loss": collapsed}
-        values["val/perplexity"] = float(torch.tensor(collapsed).exp())
+        values["val/perplexity"] = math.exp(min(collapsed, 700))
         if trainer.logger is not None:
             trainer.logger.log_metrics(values, step=0)
         self._by_tokens(trainer, values)
@@ -126,7 +126,7 @@ class Curves(Callback):
         if not math.isfinite(loss):
             raise not_finite(trainer)
         self.validation.append((trainer.global_step, self.tokens, loss))
-        values = {"val/loss": loss, "val/perplexity": float(torch.tensor(loss).exp())}
+        values = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700))}
         if trainer.logger is not None:
             trainer.logger.log_metrics(values, step=trainer.global_step)
         self._by_tokens(trainer, values)

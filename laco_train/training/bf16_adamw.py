@@ -58,7 +58,7 @@ class BF16AdamW(torch.optim.Optimizer):
         if not parameters:
             return loss
         device = _local(parameters[0][1]).device
-        zero, one = torch.zeros((), device=device), torch.ones((), device=device)
+        zero, one = (torch.tensor(value, dtype=torch.float32, device=device) for value in (0.0, 1.0))
         found = zero if self.found_inf is None else self.found_inf.to(device, torch.float32).reshape(())
         scale = one if self.grad_scale is None else self.grad_scale.to(device, torch.float32).reshape(())
         steps = [self._state(p)["step"] for _, p in parameters]
@@ -71,7 +71,7 @@ class BF16AdamW(torch.optim.Optimizer):
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), device=_local(p).device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=_local(p).device)
             # the dropped bits pose as bfloat16, as torch casts every state to the parameter's type when it loads one
             for name in _STATES if self.exact and p.dtype == torch.bfloat16 else _STATES[:2]:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)

@@ -44,7 +44,7 @@ class _LinearLoss(torch.autograd.Function):
         narrow = weight.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden) if needs[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
-        total = torch.zeros((), device=hidden.device)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)  # the default may be bfloat16
         rows = max(ELEMENTS_AT_ONCE // weight.shape[0], 1)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)

@@ -26,14 +26,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from laco_train.errors import InputError
 from laco_train.export import cpu_copy
 from laco_train.settings import LoraSettings, SpeedSettings
 from laco_train.training import attention, fused
 from laco_train.training.adapters import attach_lora
 from laco_train.training.attention import attends_by_documents, set_document_attention
-from laco_train.training.checkpointing import set_checkpointing
 from laco_train.training.data import collate
 from laco_train.training.fused import Kernels, fused_loss
+from laco_train.training.layers import arrange_layers
 from laco_train.training.loss import Batch, causal_lm_loss, model_inputs
 from tests.cli.conftest import project
 from tests.cli.runs import Project
@@ -166,6 +167,7 @@ def test_sliding_window_matters() -> None:
     assert (one[1, 6:] - other[1, 6:]).abs().max() > 0.01
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(
     "others", [{"dropout": 0.1}, {"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"documents": None}]
 )
@@ -255,6 +257,11 @@ class OnCPU:
     root_device = torch.device("cpu")
 
 
+def test_choosing_fused_without_a_gpu_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^speed\.kernels: fused needs a GPU"):
+        fused.choose(make("llama"), SpeedSettings(kernels="fused"), OnCPU(), BATCH, contextlib.nullcontext)  # type: ignore[arg-type]
+
+
 def test_auto_is_plain_on_the_cpu() -> None:
     model = make("llama")
     kernels, loss = fused.choose(model, SpeedSettings(), OnCPU(), BATCH, contextlib.nullcontext)  # type: ignore[arg-type]
@@ -298,12 +305,9 @@ def test_copy_for_the_cpu_is_free_of_all_of_it(adapted: bool, tmp_path: Path) ->
         expected = base(**model_inputs(base, BATCH)).logits
     model: Any = attach_lora(base, LoraSettings(rank=2)) if adapted else base
     set_document_attention(model, True)
-    for layer in base.model.layers:
-        layer.compile()
-    set_checkpointing(model, 2)
+    arrange_layers(model, compiled=True, recompute=2)
     duplicate = cpu_copy(model, torch.float32)
     assert not attends_by_documents(duplicate)
-    assert not duplicate.is_gradient_checkpointing
     assert all(layer._compiled_call_impl is None for layer in duplicate.model.layers)
     duplicate.save_pretrained(tmp_path)
     assert "laco" not in (tmp_path / "config.json").read_text()
@@ -313,4 +317,4 @@ def test_copy_for_the_cpu_is_free_of_all_of_it(adapted: bool, tmp_path: Path) ->
         for copied in (duplicate, loaded):
             torch.testing.assert_close(copied(**model_inputs(copied, BATCH)).logits, expected, rtol=1e-5, atol=1e-5)
     assert attends_by_documents(model)  # it goes on training
-    assert [layer.gradient_checkpointing for layer in base.model.layers] == [True, True, False]
+    assert all(layer._compiled_call_impl is not None for layer in base.model.layers)
