@@ -179,6 +179,14 @@ class Poison(Callback):
             next(pl_module.parameters()).data.fill_(float("inf"))
 
 
+class TrainingMode(Callback):
+    """Fails unless the model trains in training mode; from_pretrained leaves it in eval mode."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before each batch, so also after a validation."""
+        assert all(module.training for module in pl_module.lm.modules())  # type: ignore[operator, union-attr]
+
+
 class SpoilGradients(Callback):
     """Makes a gradient infinite at the optimizer steps `steps`, counted from 0."""
 

@@ -196,7 +196,7 @@ def plainly(student: LlamaForCausalLM, original: LlamaForCausalLM, batch: Batch,
     with torch.no_grad():
         target, states = outputs(original, batch, hidden=True)
     logits, own = outputs(student, batch, hidden=True)
-    labels = next_tokens(batch)
+    labels = next_tokens(batch).flatten()
     kept = labels != -100
     entropy = cross_entropy(logits[kept], labels[kept])
     p, q = ((z[kept] / temperature).log_softmax(-1) for z in (target, logits))

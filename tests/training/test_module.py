@@ -59,13 +59,6 @@ def test_buffers_that_were_cast_are_restored(module: Callable[..., CausalLM]) ->
     assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
 
 
-def test_training_mode(module: Callable[..., CausalLM]) -> None:
-    made = module()
-    assert not made.lm.training  # as from_pretrained leaves it
-    made.on_fit_start()
-    assert made.lm.training
-
-
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
