@@ -122,7 +122,8 @@ class CausalLM(LightningModule):
         data = trainer.datamodule  # type: ignore[attr-defined]
         return Distillation(s.distill, make_teacher(s, plan.lineage, plan.source_depth, data, place))
 
-    def _restore_buffers(self) -> None:
+    def _undo_casts(self) -> None:
+        self.validation_loss.set_dtype(torch.float32)  # sums of thousands of tokens don't fit bfloat16
         # Lightning's true-precision plugins cast rotary frequencies too, which from_pretrained keeps in float32
         for name, exact in self._exact_buffers.items():
             owner, _, leaf = name.rpartition(".")
@@ -131,8 +132,8 @@ class CausalLM(LightningModule):
                 module._buffers[leaf] = exact.to(self.device)
 
     def on_fit_start(self) -> None:
-        """Undo the precision plugin's cast of buffers; training mode, as from_pretrained leaves eval mode; speed."""
-        self._restore_buffers()
+        """Undo the precision plugin's cast of buffers and sums; training mode, as from_pretrained leaves eval mode; speed."""
+        self._undo_casts()
         self.lm.train()
         self._choose_kernels()
         self.checkpointed = self._choose_checkpointing()
@@ -174,8 +175,8 @@ class CausalLM(LightningModule):
         return {name: value.to(self.device) for name, value in batch.items()}
 
     def on_validation_start(self) -> None:
-        """Undo the precision plugin's cast of buffers, when validating alone."""
-        self._restore_buffers()
+        """Undo the precision plugin's cast of buffers and sums, when validating alone."""
+        self._undo_casts()
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of one batch, nats per target token, and what is learned from the teacher."""

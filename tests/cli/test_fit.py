@@ -187,3 +187,8 @@ def test_calibration_text_in_the_validation_data_is_reported(project: Project) -
 
 def test_the_model_trains_in_training_mode(project: Project) -> None:
     project.fit("--trainer.callbacks+=tests.cli.runs.TrainingMode", "--trainer.max_steps", "3")
+
+
+def test_losses_of_bfloat16_weights_are_summed_in_float32(project: Project) -> None:
+    losses = project.fit("--trainer.precision", "bf16-true").validation()
+    assert [loss for loss in losses if loss == float(torch.tensor(loss).bfloat16())] == []
