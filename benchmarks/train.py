@@ -47,7 +47,10 @@ class Case:
         shape: of `random_llama.SHAPES`; config: overrides.
         block, batch, accumulate: `fit`'s; micro: blocks at a time in the plain loop, the most that fit in memory.
         steps: optimizer steps of `fit`; plain_steps: of the plain loop.
-        compare: "speed"; "losses": also of each step, without clipping; "reference": those of float32 states too.
+        compare: "speed"; "losses": also of each step, without clipping; "reference": those of float32 states too;
+            "memory": `fit` alone.
+        limit_gib: GPU memory that the process may use; None: all.
+        model: overrides of the recipe's model section.
     """
 
     shape: str
@@ -62,11 +65,14 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 5e-5
     log_every: int = 10
+    limit_gib: float | None = None
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 LLAMA_7B = {"num_hidden_layers": 23}
 SMOLLM2 = {"num_hidden_layers": 22, "vocab_size": 49_152, "tie_word_embeddings": True}
 SMALL = {"num_hidden_layers": 6, "vocab_size": ENTRIES}
+EIGHT_BIT = {"optimizer": {"learning_rate": 5e-5, "eight_bit": True}}
 CASES = {
     "7b_2048_8k": Case("7b", 2048, 4, 1, 2, 40, 12, config=LLAMA_7B),
     "7b_4096_8k": Case("7b", 4096, 2, 1, 1, 30, 12, config=LLAMA_7B),
@@ -74,6 +80,21 @@ CASES = {
     "7b_4096_64k": Case("7b", 4096, 2, 8, 1, 9, 3, config=LLAMA_7B, log_every=2),
     "135m_1024_32k": Case("135m", 1024, 32, 1, 32, 120, 40, "bf16-mixed", config=SMOLLM2, learning_rate=1e-3),
     "7b_losses": Case("7b", 2048, 4, 1, 2, 20, 20, compare="reference", config=LLAMA_7B, log_every=1),
+    "7b_lora_24gib": Case(
+        "7b",
+        2048,
+        4,
+        1,
+        2,
+        9,
+        0,
+        compare="memory",
+        config=LLAMA_7B,
+        log_every=2,
+        limit_gib=24,
+        model={"method": "lora"},
+    ),
+    "7b_full_8bit": Case("7b", 2048, 4, 1, 2, 9, 0, compare="memory", config=LLAMA_7B, log_every=2, model=EIGHT_BIT),
     "float32_losses": Case("tiny", 256, 4, 1, 4, 20, 20, "32-true", "losses", SMALL, learning_rate=1e-3, log_every=1),
 }
 
@@ -87,6 +108,7 @@ def recipe(case: Case, folder: Path, text: str) -> dict[str, Any]:
             "source": str(folder / "model"),
             "optimizer": {"learning_rate": case.learning_rate},
             "schedule": {"warmup_steps": 5, "final_ratio": 1.0},
+            **case.model,
         },
         "collapse": {"strategy": "none"},
         "data": {
@@ -186,8 +208,38 @@ def distance(losses: list[float], others: list[float]) -> float:
 
 def run_case(name: str, case: Case, folder: Path, text: str, tokenizer: Any) -> dict[str, Any]:
     """The row of a case."""
+    if case.limit_gib is not None:
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(case.limit_gib / total)
     summary, losses = fitted(case, name, folder, text)
+    if case.limit_gib is not None:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     free()
+    row: dict[str, Any] = {
+        "case": name,
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
+        "tokens_per_second": summary["tokens_per_second"],
+        "matmul_share": summary["mfu"],
+        "matmul_tflops": summary["matrix_product_flops"] / 1e12,
+        "peak_gib": summary["peak_gib"],
+        "flops_per_token": summary["flops_per_token"],
+        "tokens_per_step": case.block * case.batch * case.accumulate,
+        "block": case.block,
+        "steps": case.steps,
+        "precision": case.precision,
+        "kernels": summary["kernels"],
+        "checkpointed_layers": summary["checkpointed_layers"],
+        "limit_gib": case.limit_gib,
+        "loss_difference": None,
+        "plain_loss_difference": None,
+    }
+    return row if case.compare == "memory" else row | compared(case, summary, losses, folder, text, tokenizer)
+
+
+def compared(
+    case: Case, summary: dict[str, Any], losses: list[float], folder: Path, text: str, tokenizer: Any
+) -> dict[str, Any]:
+    """What the plain loop adds to a row."""
     steps = step_batches(case, folder, text, tokenizer)
     settings = OptimizerSettings(learning_rate=case.learning_rate)
     schedule = ScheduleSettings(warmup_steps=5, final_ratio=1.0)
@@ -203,26 +255,13 @@ def run_case(name: str, case: Case, folder: Path, text: str, tokenizer: Any) -> 
         warmup=min(3, case.plain_steps - 1),
     )
     free()
+    rate = matmul_rate(DEVICE, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
     row: dict[str, Any] = {
-        "case": name,
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
-        "tokens_per_second": summary["tokens_per_second"],
-        "matmul_share": summary["mfu"],
-        "matmul_tflops": summary["matrix_product_flops"] / 1e12,
-        "matmul_tflops_after": matmul_rate(DEVICE, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32) / 1e12,
+        "matmul_tflops_after": rate / 1e12,
         "plain_tokens_per_second": other.tokens_per_second,
         "plain_matmul_share": other.tokens_per_second * summary["flops_per_token"] / summary["matrix_product_flops"],
         "speedup": summary["tokens_per_second"] / other.tokens_per_second,
-        "peak_gib": summary["peak_gib"],
         "plain_peak_gib": other.peak_gib,
-        "flops_per_token": summary["flops_per_token"],
-        "tokens_per_step": case.block * case.batch * case.accumulate,
-        "block": case.block,
-        "steps": case.steps,
-        "precision": case.precision,
-        "kernels": summary.get("kernels"),
-        "loss_difference": None,
-        "plain_loss_difference": None,
     }
     if case.compare == "losses":
         row["loss_difference"] = max(abs(a - b) for a, b in zip(losses, other.losses, strict=True))

@@ -132,7 +132,7 @@ class CausalLM(LightningModule):
                 module._buffers[leaf] = exact.to(self.device)
 
     def on_fit_start(self) -> None:
-        """Undo the precision plugin's cast of buffers and sums; training mode, as from_pretrained leaves eval mode; speed."""
+        """Undo the precision plugin's casts; training mode, as from_pretrained leaves eval mode; kernels."""
         self._undo_casts()
         self.lm.train()
         self._choose_kernels()
