@@ -91,6 +91,28 @@ def stream_table() -> str:
     return "\n".join([*lines, "", f"- {source_line(found)}"])
 
 
+def train_table() -> str:
+    """Training by fit and by a plain loop."""
+    lines = [
+        "| case | tokens a step | plain, tokens/s | fit, tokens/s | ratio | plain, share | fit, share | peak of fit "
+        "| loss apart, plain | loss apart, fit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    found = results("train")
+    sources = dict.fromkeys(f"- {source_line(row)}" for row in found["rows"])
+    for row in (row for row in found["rows"] if "speedup" in row):
+        small = row["precision"] == "32-true"
+        shares = ("", "") if small else tuple(f"{row[key]:.3f}" for key in ("plain_matmul_share", "matmul_share"))
+        apart = [row["plain_loss_difference"], row["loss_difference"]]
+        cells = ["" if value is None else f"{value:.1e}" if value < 1e-3 else f"{value:.2f}" for value in apart]
+        speeds = (f"{row['plain_tokens_per_second']:,.0f}", f"{row['tokens_per_second']:,.0f}", f"{row['speedup']:.2f}")
+        lines.append(
+            f"| {row['case']} | {row['tokens_per_step']:,} | {' | '.join(('', '', '') if small else speeds)} "
+            f"| {shares[0]} | {shares[1]} | {row['peak_gib']:.1f} GiB | {' | '.join(cells)} |"
+        )
+    return "\n".join([*lines, "", *sources])
+
+
 def families_section() -> str:
     """The code's table of families."""
     from laco_train.collapse.families import families_table
@@ -102,6 +124,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "results": collapse_table,
     "search": search_table,
     "stream": stream_table,
+    "train": train_table,
     "families": families_section,
 }
 
