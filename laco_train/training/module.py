@@ -234,6 +234,11 @@ class CausalLM(LightningModule):
         norm = guard_step(optimizer, gradient_clip_val, self.skipped)
         self.log("train/gradient_norm", norm)
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Free the gradients after the step: Lightning would hold them through the next forward pass."""
+        super().optimizer_step(*args, **kwargs)
+        self.zero_grad(set_to_none=True)
+
     def total_steps(self) -> int:
         """Optimizer steps of the whole run.
 
