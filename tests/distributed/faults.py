@@ -1,7 +1,10 @@
 """Callbacks that make something go wrong on one rank, named on the command line of a run."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -30,3 +33,15 @@ class FailOn(Callback):
         """Such as a file that is missing on one machine."""
         if trainer.global_rank == self.rank:
             raise InputError("data.train", f"is not on the machine of rank {self.rank}")
+
+
+class TerminatedAt(Callback):
+    """Rank 1 gets SIGTERM once `step` optimizer steps are done."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The step under way is finished first."""
+        if trainer.global_step == self.step and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)

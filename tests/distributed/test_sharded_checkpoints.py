@@ -11,7 +11,7 @@ from laco_train.errors import InputError
 from laco_train.training.checkpoint import read_checkpoint
 from laco_train.training.sharded import SafeReader, ShardedWeights, is_sharded
 from tests.cli.runs import Run, same_bytes
-from tests.distributed.conftest import FSDP2, ONE_FILE, Ranks, losses
+from tests.distributed.conftest import DATA, FSDP2, ONE_FILE, TORCHRUN, Ranks, losses
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,21 @@ def test_a_resume_from_one_file_is_an_unbroken_run(ranks: Ranks, in_one_file: Ru
     resumed = ranks.fit(*FSDP2, ONE_FILE, "--ckpt_path", str(in_one_file.checkpoint(3)))
     same_weights(resumed, in_one_file)
     assert losses(resumed) == losses(in_one_file)
+
+
+def test_a_run_stopped_by_a_signal_goes_on_from_its_shards(ranks: Ranks, fsdp2: Run) -> None:
+    stop = ["--trainer.callbacks+=tests.distributed.faults.TerminatedAt", "--trainer.callbacks.step=2"]
+    fit = ["fit", "--recipe", "tiny.yaml", *DATA, *FSDP2, *stop, "--name", "stopped", "--resume", "auto"]
+    first = ranks(*fit, launcher=TORCHRUN)
+    assert "SIGTERM: stopped after step 3" in first.out, first.err
+    (folder,) = (ranks.project.root / "lightning_logs" / "stopped").glob("version_*")
+    (left,) = folder.glob("checkpoints/*")
+    assert is_sharded(left) and not (folder / "export").exists()
+    second = ranks(*fit, launcher=TORCHRUN)
+    assert second.code == 0, second.err
+    assert left.name in second.out
+    weights_file = Path("export") / "model.safetensors"
+    assert (folder / weights_file).read_bytes() == (fsdp2.folder / weights_file).read_bytes()
 
 
 def test_export_from_shards_is_the_export_of_the_run(ranks: Ranks, fsdp2: Run, tmp_path: Path) -> None:
