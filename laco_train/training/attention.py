@@ -1,18 +1,21 @@
-"""Attention within documents only, on a flash kernel of variable-length sequences (issue 5, Speed).
+"""Attention within documents only, by flex attention (issue 5, Speed).
 
-A dense mask of the documents in a block would take attention off the flash path. Transformers lets a function be
-registered under a name, makes no mask for it, and hands it the keyword arguments of the model's call.
+A dense mask of the documents in a block takes attention off the fast kernels and makes it compute what the mask throws
+away. Transformers lets a function be registered under a name, makes no mask for it, and hands it the keyword arguments
+of the model's call: here block masks, made once a batch, by which whole tiles between documents are left out.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface
 
 NAME = "laco_train_documents"
 _HALF = (torch.bfloat16, torch.float16)
+# inside a compiled layer it is compiled with it; on its own it would compute every tile
+_attend: Any = torch.compile(flex_attention, dynamic=False)
 
 
 def document_attention(
@@ -22,57 +25,87 @@ def document_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    documents: Tensor | None = None,
-    longest: int = 0,
+    documents: BlockMask | None = None,
+    windowed: BlockMask | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each token to its own document.
 
     Args:
-        query: (B, H, T, D) on a GPU; in float32 it is rounded to autocast's type.
+        query: (B, H, T, D); under autocast in float32 it is rounded to autocast's type.
         key, value: (B, H of keys and values, T, D).
-        documents: (documents + 1,) int32: where each document starts in the B * T tokens, and B * T.
-        longest: no document is longer; T will do.
+        documents, windowed: of `document_masks`.
         sliding_window: tokens that a token sees, itself included; None: all before it.
+        softcap: scores are bent to stay below this.
 
     Returns:
         (B, T, H, D), and None for the weights.
 
     Raises:
-        NotImplementedError: a feature that the kernel lacks.
+        NotImplementedError: a feature that is not covered, or a call without masks.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     if documents is None:
         raise NotImplementedError("attention by documents needs to know them")
-    if dropout or others.get("softcap") is not None or others.get("s_aux") is not None:
-        raise NotImplementedError("dropout, capped scores and sinks are not in the flash kernel")
-    batch, heads, tokens, width = query.shape
-    dtype = query.dtype if query.dtype in _HALF else torch.get_autocast_dtype("cuda")
-    flat = [x.transpose(1, 2).reshape(batch * tokens, -1, width).to(dtype) for x in (query, key, value)]
-    grouped: dict[str, Any] = {"enable_gqa": True} if _NAMES_GROUPS and key.shape[1] != heads else {}
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    attend: Any = varlen_attn
-    out: Tensor = attend(*flat, documents, documents, longest, longest, scale=scaling, window_size=window, **grouped)
-    return out.view(batch, tokens, heads, width), None
+    if dropout or others.get("s_aux") is not None:
+        raise NotImplementedError("attention dropout and sinks are not covered")
+    if query.dtype not in _HALF and torch.is_autocast_enabled(query.device.type):
+        narrow = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
+    mask = documents
+    if sliding_window is not None and sliding_window < query.shape[2]:
+        if windowed is None:
+            raise NotImplementedError("a window that the model's config does not name")
+        mask = windowed
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    out: Tensor = _attend(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2).contiguous(), None
 
 
-def _names_groups() -> bool:
-    # torch 2.11 takes fewer heads of keys as they come, later versions want to be told
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-_NAMES_GROUPS = _names_groups()
 AttentionInterface.register(NAME, document_attention)
 
 
+def document_masks(position_ids: Tensor, window: int | None) -> dict[str, BlockMask]:
+    """Keyword arguments for `document_attention`, made without the host waiting.
+
+    Args:
+        position_ids: (B, T); a document begins where they are 0.
+        window: the model's sliding window, if it has one.
+    """
+    batch, tokens = position_ids.shape
+    document = (position_ids == 0).cumsum(1)
+
+    def within(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (document[b, q] == document[b, k]) & (q >= k)
+
+    def near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert window is not None
+        return within(b, h, q, k) & (q - k < window)
+
+    shape = (batch, None, tokens, tokens, position_ids.device)
+    masks = {"documents": create_block_mask(within, *shape)}
+    if window is not None and window < tokens:
+        masks["windowed"] = create_block_mask(near, *shape)
+    return masks
+
+
 def attends_by_documents(model: nn.Module) -> bool:
-    """Whether `model` must be called with `documents` and `longest`."""
+    """Whether `model` must be called with `document_masks`."""
     return getattr(model.config, "_attn_implementation", None) == NAME
 
 

@@ -22,7 +22,7 @@ def arrange_layers(model: nn.Module, *, compiled: bool, recompute: int) -> None:
         model: a Transformers model or one wrapped by peft.
     """
     for number, layer in enumerate(decoder_of(base_of(model)).stack):
-        call = torch.compile(layer._call_impl) if compiled else layer._call_impl
+        call = torch.compile(layer._call_impl, dynamic=False) if compiled else layer._call_impl
         arranged = _recomputed(layer, call) if number < recompute else call
         layer._compiled_call_impl = arranged if compiled or number < recompute else None
 

@@ -83,7 +83,7 @@ _COMPILED: Any = None
 def _compiled_slice_loss() -> Any:
     global _COMPILED
     if _COMPILED is None:
-        _COMPILED = torch.compile(slice_loss)
+        _COMPILED = torch.compile(slice_loss, dynamic=False)
     return _COMPILED
 
 

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from laco_train.training.attention import attends_by_documents
+from laco_train.training.attention import attends_by_documents, document_masks
 
 Batch = dict[str, Tensor]
 
@@ -25,8 +25,7 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
     without an attention mask.
 
     Args:
-        batch: ``input_ids``, ``labels`` (-100 where nothing is to be predicted) and ``position_ids``, each (B, T); and
-            ``documents`` where attention goes by them.
+        batch: ``input_ids``, ``labels`` (-100 where nothing is to be predicted) and ``position_ids``, each (B, T).
     """
     return model(**model_inputs(model, batch), labels=batch["labels"]).loss
 
@@ -39,8 +38,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
         "use_cache": False,
     }
     if attends_by_documents(model):
-        torch._dynamo.maybe_mark_dynamic(batch["documents"], 0)  # else layers are compiled again for each number
-        inputs |= {"documents": batch["documents"], "longest": batch["input_ids"].shape[1]}
+        inputs |= document_masks(batch["position_ids"], getattr(model.config, "sliding_window", None))  # type: ignore[union-attr]
     return inputs
 
 

@@ -66,7 +66,6 @@ def test_blocks_are_the_oracles_and_batches_are_int64(tmp_path: Path, tiny_token
         assert [list(zip(*(b[c].tolist() for c in columns), strict=True)) for b in blocks] == expected
     assert data.train_blocks.features["input_ids"].feature.dtype == "int32"
     batch = next(iter(data.train_dataloader()))
-    assert batch.pop("documents").dtype == torch.int32
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()} == {
         name: (torch.int64, (2, 16)) for name in ("input_ids", "labels", "position_ids")
     }
