@@ -38,7 +38,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
         "use_cache": False,
     }
     if attends_by_documents(model):
-        inputs |= document_masks(batch["position_ids"], getattr(model.config, "sliding_window", None))  # type: ignore[union-attr]
+        inputs |= document_masks(batch["position_ids"], getattr(model.config, "sliding_window", None))
     return inputs
 
 
