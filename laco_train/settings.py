@@ -3,7 +3,7 @@
 Imported by the command line before torch is, so this file must stay free of heavy imports.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from laco_train.errors import InputError
@@ -99,6 +99,8 @@ class ModelSettings:
     """Type of the loaded weights; auto: that of trainer.precision where it ends in -true, else float32."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model (Baichuan2, InternLM2); only for sources you trust."""
+    from_scratch: bool = False
+    """Draw all weights anew after the collapse: its shape without what the original knew, to compare with."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,10 @@ class DataSettings:
     """Stop reading validation after this many tokens; null: all of it."""
     validation_fraction: float = 0.02
     """Share of documents held out when validation is null; above 0, below 1."""
+    sweep_fraction: float = 0.0
+    """Share of train's documents, by a hash of their text, left out of training and validation alike; 0 to below 1."""
+    validate_on: Literal["validation", "sweep"] = "validation"
+    """sweep: validate on those left-out documents, so that a choice of settings never sees the reported ones."""
     seed: int = 0
     """Seed of the order of blocks, which is a function of (seed, epoch) alone."""
     num_workers: int = 0
@@ -185,6 +191,8 @@ class BudgetSettings:
 
     max_tokens: int | None = None
     """Tokens to train on, over all devices, padding included; the step that reaches it is the last; null: no limit."""
+    evaluate_at: list[float] = field(default_factory=list)
+    """Shares of the run's tokens after which to measure the validation loss too; each above 0, 1 at most."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +203,20 @@ class ExportSettings:
     """Write and prove the folder at the end of fit."""
     dtype: Dtype = "auto"
     """Type of the exported weights; auto: that of the trained weights."""
+    keep_rounds: bool = True
+    """Keep what each round exported for the next; false: remove it once the next round has its own export."""
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """One of several rounds, each of which collapses what the one before trained, and trains again."""
+
+    target_depth: int
+    """Replaces collapse.target_depth; below that of the round before."""
+    max_tokens: int | None = None
+    """Replaces budget.max_tokens; null: as there."""
+    learning_rate: float | None = None
+    """Replaces model.optimizer.learning_rate; null: as there."""
 
 
 def check_static(key: str, ok: bool, problem: str) -> None:
@@ -219,6 +241,8 @@ def check_model(s: ModelSettings) -> None:
         "model.optimizer.max_skipped_steps", o.max_skipped_steps >= 1, f"must be 1 or more, is {o.max_skipped_steps}"
     )
     check_static("model.last_layers", s.last_layers >= 1, f"must be 1 or more, is {s.last_layers}")
+    kept = not s.from_scratch or s.method == "full"  # a checkpoint would not hold random weights that don't train
+    check_static("model.from_scratch", kept, f"goes not with model.method {s.method}; use full")
     check_distill(s.distill)
     check_static("model.lora.rank", lora.rank >= 1, f"must be 1 or more, is {lora.rank}")
     check_static("model.lora.alpha", lora.alpha >= 1, f"must be 1 or more, is {lora.alpha}")
@@ -241,6 +265,9 @@ def check_budget(s: BudgetSettings) -> None:
     """Refuse a budget that allows no step."""
     enough = s.max_tokens is None or s.max_tokens >= 1
     check_static("budget.max_tokens", enough, f"must be 1 or more, is {s.max_tokens}")
+    key, shares = "budget.evaluate_at", s.evaluate_at
+    check_static(key, all(0 < share <= 1 for share in shares), f"must be shares above 0, 1 at most, is {shares}")
+    check_static(key, len(set(shares)) == len(shares), f"names a share twice: {shares}")
 
 
 def check_collapse(s: CollapseSettings, depth: int | None = None) -> None:
@@ -315,6 +342,25 @@ def check_strategy(s: CollapseSettings) -> None:
     )
 
 
+def check_rounds(rounds: list[RoundSettings], s: CollapseSettings, depth: int | None = None) -> None:
+    """Refuse rounds that no model could go through, or none of `depth` layers if it is known."""
+    check_static("rounds", len(rounds) > 0, "is empty; name a round or more, or leave it out")
+    for key, value in (("plan", s.plan), ("remove", s.remove), ("target_ratio", s.target_ratio)):
+        check_static(f"collapse.{key}", value is None, "goes not with rounds, which search for a depth; drop one")
+    check_static("collapse.target_depth", s.target_depth is None, "goes not with rounds, which name theirs; drop it")
+    left = depth
+    for number, one in enumerate(rounds):
+        key, target = f"rounds[{number}]", one.target_depth
+        falls = left is None or target < left
+        before = "the model has" if number == 0 else "the round before leaves"
+        check_static(f"{key}.target_depth", falls, f"is {target}, but {before} {left} layers; ask for fewer")
+        tokens, rate = one.max_tokens, one.learning_rate
+        check_static(f"{key}.max_tokens", tokens is None or tokens >= 1, f"must be 1 or more, is {tokens}")
+        check_static(f"{key}.learning_rate", rate is None or rate > 0, f"must be above 0, is {rate}")
+        check_collapse(replace(s, target_depth=target), left)
+        left = target
+
+
 def check_data(s: DataSettings, positions: int | None = None) -> None:
     """Refuse data settings that no text could satisfy, or a model of so many `positions` if they are known."""
     check_static("data.train", bool(s.train), "is empty; name a file or a data set")
@@ -329,3 +375,8 @@ def check_data(s: DataSettings, positions: int | None = None) -> None:
         check_static(f"data.{name}", enough, f"is {value}, less than one block of {s.block_size} tokens; raise it")
     fraction = s.validation_fraction
     check_static("data.validation_fraction", 0 < fraction < 1, f"must be above 0 and below 1, is {fraction}")
+    swept, held_out = s.sweep_fraction, fraction if s.validation is None else 0.0
+    check_static("data.sweep_fraction", 0 <= swept < 1, f"must be 0 to below 1, is {swept}")
+    check_static("data.sweep_fraction", swept + held_out < 1, f"is {swept}, which leaves nothing to train on; lower it")
+    needed = s.validate_on == "validation" or swept > 0
+    check_static("data.validate_on", needed, "sweep needs documents; raise data.sweep_fraction above 0")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from laco_train.cli import main
 from laco_train.cli.trainer import RecipeCLI
 from laco_train.settings import CollapseSettings
 
@@ -20,9 +21,15 @@ def by_name(path: Path) -> str:
     return path.stem
 
 
+def verb_of(path: Path) -> str:
+    return "study" if path.stem.endswith("_study") else "fit"
+
+
 def parsed(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """What `fit --recipe` makes of the recipe, defaults filled in."""
+    """What the recipe's verb makes of it, defaults filled in."""
     with pytest.raises(SystemExit) as end:
+        if verb_of(path) == "study":
+            main(["study", "--recipe", str(path), "--print_config"])
         RecipeCLI(["fit", "--recipe", str(path), "--print_config"], path.stem)
     assert end.value.code == 0
     values: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
@@ -38,7 +45,8 @@ def test_the_program_reads_it(path: Path, capsys: pytest.CaptureFixture[str]) ->
     """Every key is known and of the right type, and none of its values gets lost."""
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     read = parsed(path, capsys)
-    assert written.keys() >= {"seed_everything", "model", "collapse", "data", "trainer", "export"}
+    seeds = "seed_everything" if verb_of(path) == "fit" else "study"
+    assert written.keys() >= {seeds, "model", "collapse", "data", "trainer", "export"}
     lost = [where for where, value in leaves(written) if dict(leaves(read)).get(where) != value]
     assert lost == []
 
@@ -63,7 +71,7 @@ def test_the_first_comment_holds_the_command(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     head = lines[: lines.index("")]
     assert all(line.startswith("#") for line in head)
-    assert re.fullmatch(rf"#   python -m laco_train fit --recipe {re.escape(path.name)}( .+)?", head[1])
+    assert re.fullmatch(rf"#   python -m laco_train {verb_of(path)} --recipe {re.escape(path.name)}( .+)?", head[1])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=by_name)

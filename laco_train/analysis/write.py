@@ -8,8 +8,9 @@ from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
 from laco_train.analysis.figures import pictures
-from laco_train.analysis.page import Drawn, headline, render_page
+from laco_train.analysis.page import headline, render_page
 from laco_train.analysis.result import Analysis, tables, to_json
+from laco_train.web_page import Drawn
 
 
 def write_analysis(analysis: Analysis, output: Path, on_picture: Callable[[int, int], None] | None = None) -> Path:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from laco_train.callbacks.clock import TrainingClock
 from laco_train.callbacks.divergence import not_finite
 from laco_train.callbacks.interval import logs_after
 from laco_train.callbacks.layer_collapse import LayerCollapse
@@ -29,33 +30,39 @@ class Curves(Callback):
 
     Attributes:
         tokens: tokens trained on so far, over all devices.
-        validation: (step, tokens, loss) of every validation, the collapsed model first.
-        training_seconds: time in training steps, between points of the training curve.
+        validation: (step, tokens, loss, seconds) of every validation, the collapsed model first; see `seconds`.
+        clock: runs while training does.
     """
 
     def __init__(self, collapse: LayerCollapse, utilisation: Utilisation):
         self.collapse = collapse
         self.utilisation = utilisation
         self.tokens = 0
-        self.validation: list[tuple[int, int, float]] = []
-        self.training_seconds = 0.0
-        self._measured_tokens = 0
+        self.validation: list[tuple[int, int, float, float]] = []
+        self.clock = TrainingClock()
         self._since: tuple[float, int] | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Mean speed of training, validation and the first batch aside; None for a run without two points."""
-        return self._measured_tokens / self.training_seconds if self.training_seconds else None
+        """Mean speed of training, validation and the first batch aside; None for a run of one batch."""
+        return self.clock.tokens / self.clock.seconds if self.clock.seconds else None
+
+    @property
+    def seconds(self) -> float:
+        """Time that the tokens so far took at the mean speed: validation, checkpoints and compilation aside."""
+        speed = self.tokens_per_second
+        return 0.0 if speed is None else self.tokens / speed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the curves with what was measured before training."""
         self._since = None
+        self.clock.reset()
         if not self.validation and "collapsed" in self.collapse.losses:
             self._log_start(trainer)
 
     def _log_start(self, trainer: Trainer) -> None:
         collapsed = self.collapse.losses["collapsed"]
-        self.validation.append((0, 0, collapsed))
+        self.validation.append((0, 0, collapsed, 0.0))
         values = {"val/loss": collapsed}
         values["val/perplexity"] = math.exp(min(collapsed, 700))
         if trainer.logger is not None:
@@ -70,11 +77,16 @@ class Curves(Callback):
             trainer.logger.log_metrics(values, step=trainer.global_step)
             self._by_tokens(trainer, values)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Let the clock run, the first batch aside, in which layers are compiled."""
+        self.clock.start(self.tokens)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Count tokens, and log at Lightning's interval."""
         self.tokens += batch["input_ids"].numel() * trainer.world_size
+        self.clock.warmed(trainer.strategy.root_device)
         if self._since is None:
             self._since = (time.perf_counter(), self.tokens)
         # only here, where Lightning has logged too, is the loss read off the device
@@ -85,10 +97,7 @@ class Curves(Callback):
         values = {"train/loss": float(outputs["loss"]) * trainer.accumulate_grad_batches}
         began, tokens = self._since
         if self.tokens > tokens:
-            seconds = time.perf_counter() - began
-            self.training_seconds += seconds
-            self._measured_tokens += self.tokens - tokens
-            speed = (self.tokens - tokens) / seconds
+            speed = (self.tokens - tokens) / (time.perf_counter() - began)
             pl_module.log("train/tokens_per_second", speed)
             if (mfu := self.utilisation.mfu(speed)) is not None:
                 pl_module.log("train/mfu", mfu)
@@ -105,32 +114,53 @@ class Curves(Callback):
             return
         pl_module.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Time spent validating is no training time."""
+        self._pause(trainer)
+
+    def _pause(self, trainer: Trainer) -> None:
+        self._since = None
+        self.clock.stop(self.tokens, trainer.strategy.root_device)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the validation loss on the axis of tokens."""
-        self._since = None  # time spent validating is no training time
         if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics or trainer.state.fn != "fit":
             return
         values = {name: float(trainer.callback_metrics[name]) for name in ("val/loss", "val/perplexity")}
-        self.validation.append((trainer.global_step, self.tokens, values["val/loss"]))
+        self._add_point(trainer, values["val/loss"])
         self._by_tokens(trainer, values)
         self._draw_original(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the curve where training ended, if the last validation was earlier."""
-        if self.validation and self.validation[-1][0] == trainer.global_step:
-            return
+        self._pause(trainer)
+        if not self.validation or self.validation[-1][0] != trainer.global_step:
+            self.measure(trainer, pl_module)
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add a point to the validation curve where no loop of Lightning's validates; on all ranks.
+
+        Raises:
+            TrainingStopped: the loss is not finite.
+        """
+        self._pause(trainer)
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         context = trainer.precision_plugin.val_step_context
         total = partial(trainer.strategy.reduce, reduce_op="sum")
         loss = mean_loss(pl_module.lm, loader, pl_module.device, context, total, pl_module.loss).loss  # type: ignore[arg-type]
         if not math.isfinite(loss):
             raise not_finite(trainer)
-        self.validation.append((trainer.global_step, self.tokens, loss))
+        self._add_point(trainer, loss)
         values = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700))}
         if trainer.logger is not None:
             trainer.logger.log_metrics(values, step=trainer.global_step)
         self._by_tokens(trainer, values)
         self._draw_original(trainer)
+
+    def _add_point(self, trainer: Trainer, loss: float) -> None:
+        # where few batches are timed yet, the mean speed may rise faster than the tokens
+        earlier = self.validation[-1][3] if self.validation else 0.0
+        self.validation.append((trainer.global_step, self.tokens, loss, max(earlier, self.seconds)))
 
     def _by_tokens(self, trainer: Trainer, values: dict[str, float]) -> None:
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
@@ -139,9 +169,14 @@ class Curves(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Counts and curve, so that a resumed run goes on with them."""
-        return {"tokens": self.tokens, "validation": [list(point) for point in self.validation]}
+        points = [list(point) for point in self.validation]
+        return {"tokens": self.tokens, "validation": points, "clock": self.clock.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See state_dict."""
         self.tokens = state_dict["tokens"]
-        self.validation = [(int(step), int(tokens), float(loss)) for step, tokens, loss in state_dict["validation"]]
+        self.validation = [
+            (int(step), int(tokens), float(loss), float(seconds))
+            for step, tokens, loss, seconds in state_dict["validation"]
+        ]
+        self.clock.load_state_dict(state_dict["clock"])

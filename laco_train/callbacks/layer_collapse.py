@@ -23,6 +23,7 @@ from laco_train.training.loss import Batch, mean_loss
 from laco_train.training.module import CHECKPOINT_KEY, CausalLM
 from laco_train.training.overlap import occurring, text_of
 from laco_train.training.parallel import on_rank_zero
+from laco_train.training.scratch import draw_weights
 
 
 class LayerCollapse(Callback):
@@ -37,6 +38,7 @@ class LayerCollapse(Callback):
         recipe: the recipe's name, for the checkpoint.
         plan: the plan of the run being resumed.
         losses: losses measured when that run began, by name.
+        seed: of the weights, where model.from_scratch draws them anew.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class LayerCollapse(Callback):
         recipe: str = "",
         plan: CollapsePlan | None = None,
         losses: dict[str, float] | None = None,
+        seed: int = 0,
     ):
         self.settings = settings
         self.recipe = recipe
+        self.seed = seed
         self.plan = plan
         self.losses: dict[str, float] = dict(losses or {})
         self._resumed = plan is not None
@@ -80,6 +84,10 @@ class LayerCollapse(Callback):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             losses["original"] = self._measure(trainer, pl_module, "original", data.all_validation())
         plan = self._search(pl_module, device)
+        if pl_module.settings.from_scratch:
+            model.to("cpu")
+            draw_weights(model, self.seed)
+            print("All weights are drawn anew: only the shape is that of the collapsed model.", flush=True)
         if stage == "fit" and plan.calibration is not None:
             self._report_overlap(trainer, pl_module)
         return plan, losses

@@ -74,9 +74,12 @@ class NewestCheckpoint(ModelCheckpoint):
         # a file was verified as it was written; a sharded folder goes past the CheckpointIO
         if trainer.is_global_zero and path.is_dir() and (reason := broken_shards(path)):
             raise not_saved(path, OSError(reason))
-        for other in path.parent.glob("epoch=*-step=*.ckpt"):
-            if other != path:
-                trainer.strategy.remove_checkpoint(other)
+        for other in self.outdated(trainer, path):
+            trainer.strategy.remove_checkpoint(other)
+
+    def outdated(self, trainer: Trainer, newest: Path) -> list[Path]:
+        """Checkpoints that go once `newest` is whole."""
+        return [path for path in newest.parent.glob("epoch=*-step=*.ckpt") if path != newest]
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the folder says what is there."""

@@ -19,6 +19,8 @@ verbs:
   collapse  search and write, no training: collapse --recipe RECIPE --output DIR
   analyze   compare layers, sweep:         analyze --recipe RECIPE --output DIR [--sweep true]
   export    a model from a checkpoint:     export --checkpoint FILE --output DIR
+  study     arms under one budget:         study --recipe RECIPE [--arms laco,sleb]
+  compare   runs that exist:               compare RUN_OR_EXPORT ... [--output DIR] [--reference NAME]
 
 RECIPE is a path, a name under ./recipes, or the name of a recipe that the package ships.
 `VERB --help` explains every key; `VERB --recipe RECIPE --print_config` prints a recipe with its comments."""
@@ -53,13 +55,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _verbs() -> dict[str, Callable[[list[str]], None]]:
-    return {"fit": _fit, "validate": _validate, "collapse": _collapse, "analyze": _analyze, "export": _export}
+    return {
+        "fit": _fit,
+        "validate": _validate,
+        "collapse": _collapse,
+        "analyze": _analyze,
+        "export": _export,
+        "study": _study,
+        "compare": _compare,
+    }
 
 
 def _fit(args: list[str]) -> None:
-    from laco_train.cli.trainer import run
+    from laco_train.cli.rounds import run
 
-    run("fit", args)
+    run(args)
 
 
 def _validate(args: list[str]) -> None:
@@ -82,5 +92,17 @@ def _analyze(args: list[str]) -> None:
 
 def _export(args: list[str]) -> None:
     from laco_train.cli.export import run
+
+    run(args)
+
+
+def _study(args: list[str]) -> None:
+    from laco_train.cli.study import run
+
+    run(args)
+
+
+def _compare(args: list[str]) -> None:
+    from laco_train.cli.compare import run
 
     run(args)

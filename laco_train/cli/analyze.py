@@ -22,7 +22,9 @@ def parser() -> VerbParser:
     """The verb's parser; sections that only training reads are accepted and left alone."""
     sections = {"model": ModelSettings, "collapse": CollapseSettings, "sweep": SweepSettings}
     description = "Compare the layers of a model, and sweep over settings of the collapse; the model stays as it is."
-    return verb_parser("analyze", description, sections, unread=("data", "budget", "speed", "trainer", "export"))
+    return verb_parser(
+        "analyze", description, sections, unread=("data", "budget", "speed", "rounds", "trainer", "export")
+    )
 
 
 def run(args: list[str]) -> None:

@@ -10,7 +10,7 @@ def parser() -> VerbParser:
     """The verb's parser; sections that only training reads are accepted and left alone."""
     sections = {"model": ModelSettings, "collapse": CollapseSettings, "export": ExportSettings}
     description = "Collapse a model and write it as a Hugging Face folder, without training."
-    return verb_parser("collapse", description, sections, unread=("data", "budget", "speed", "trainer"))
+    return verb_parser("collapse", description, sections, unread=("data", "budget", "speed", "rounds", "trainer"))
 
 
 def run(args: list[str]) -> None:

@@ -28,6 +28,7 @@ def run(args: list[str]) -> None:
     output = Path(config.output)
     refuse_nonempty(output, "--output")
 
+    from laco_train.collapse.composition import from_the_first_model
     from laco_train.export import CardFacts
     from laco_train.precision import named_dtype
     from laco_train.training.checkpoint import read_checkpoint, restore
@@ -36,8 +37,9 @@ def run(args: list[str]) -> None:
     checkpoint = read_checkpoint(Path(config.checkpoint))
     model, tokenizer = restore(checkpoint)
     dtype = checkpoint.dtype if config.dtype == "auto" else named_dtype(config.dtype)
+    plan = from_the_first_model(checkpoint.plan, checkpoint.model.source)
     card = CardFacts(
-        base_model=checkpoint.model.source,
+        base_model=plan.source if plan.rounds else checkpoint.model.source,
         recipe=checkpoint.recipe,
         method=checkpoint.model.method,
         data=checkpoint.data,
@@ -46,4 +48,4 @@ def run(args: list[str]) -> None:
         steps=checkpoint.steps,
         licence=None,
     )
-    export_folder(model, tokenizer, output, dtype=dtype, plan=checkpoint.plan, card=card)
+    export_folder(model, tokenizer, output, dtype=dtype, plan=plan, card=card)

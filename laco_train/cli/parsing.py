@@ -98,7 +98,7 @@ def verb_parser(verb: str, description: str, sections: Mapping[str, type], unrea
     for name, settings in sections.items():
         p.add_class_arguments(settings, name)
     for name in unread:
-        p.add_argument(f"--{name}", type=dict[str, Any], default={}, help=SUPPRESS)
+        p.add_argument(f"--{name}", type=dict[str, Any] | list[Any] | None, default=None, help=SUPPRESS)
     p.add_argument("--seed_everything", type=bool | int, default=0, help=SUPPRESS)
     return p
 

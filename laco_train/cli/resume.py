@@ -18,7 +18,7 @@ CONFIG_FILE = "config.yaml"
 """In a run's folder: the whole recipe as it ran; there once the run has begun."""
 SUMMARY_FILE = "summary.json"
 """In a run's folder: its outcome; written last, so it is there once the run is finished."""
-_OPTIONS = ("resume", "run", "ckpt_path")
+_OPTIONS = ("resume", "run", "name", "ckpt_path")
 
 HARMLESS = {
     "data.num_workers": "the order of blocks does not depend on it",
@@ -149,16 +149,16 @@ def is_finished(folder: Path, exports: bool) -> bool:
     return (folder / SUMMARY_FILE).is_file() and (not exports or (folder / "export").is_dir())
 
 
-def claim(folder: Path) -> TextIO:
+def claim(folder: Path, key: str = "--resume") -> TextIO:
     """Hold the run in `folder` for this process, until it ends in whatever way.
 
     Raises:
-        InputError: another process on this machine holds it.
+        InputError: another process on this machine holds it; `key` is the option to blame.
     """
-    file = (folder / ".in_use").open("w", encoding="utf-8")
+    file = (folder / ".in_use").open("a", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by loader processes
     except OSError:
         file.close()
-        raise InputError("--resume", f"another process is writing {folder}; wait for its end") from None
+        raise InputError(key, f"another process is writing {folder}; wait for its end") from None
     return file

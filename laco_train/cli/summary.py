@@ -14,6 +14,8 @@ from laco_train.callbacks.curves import Curves
 from laco_train.callbacks.layer_collapse import LayerCollapse
 from laco_train.training.module import CausalLM
 
+_POINT = ("step", "tokens", "loss", "seconds")
+
 
 def write_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer) -> None:
     """Keep the run's outcome as summary.json in its folder, for whoever compares runs."""
@@ -28,11 +30,12 @@ def write_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer) -> 
         "depth": plan.depth,
         "parameters": dataclasses.asdict(plan.parameters),
         "losses": {**collapse.losses, "trained": curves.validation[-1][2]},
-        "validation": [{"step": step, "tokens": tokens, "loss": loss} for step, tokens, loss in curves.validation],
+        "validation": [dict(zip(_POINT, point, strict=True)) for point in curves.validation],
+        "data": trainer.datamodule.summary(),  # type: ignore[attr-defined]
         "steps": trainer.global_step,
         "tokens": curves.tokens,
         "search_seconds": sum(candidate.seconds for candidate in plan.candidates),
-        "training_seconds": curves.training_seconds,
+        "training_seconds": curves.validation[-1][3],
         "tokens_per_second": speed,
         "flops_per_token": use.flops_per_token,
         "matrix_product_flops": use.rate or None,

@@ -21,6 +21,7 @@ from laco_train.callbacks.checkpoints import last_checkpoint
 from laco_train.callbacks.curves import Curves
 from laco_train.callbacks.divergence import Divergence
 from laco_train.callbacks.duration import EstimateDuration
+from laco_train.callbacks.evaluate_at import EvaluateAt
 from laco_train.callbacks.event_files import MarkEventFiles
 from laco_train.callbacks.kernels import ReportKernels
 from laco_train.callbacks.layer_collapse import LayerCollapse
@@ -45,6 +46,7 @@ from laco_train.cli.resume import (
 )
 from laco_train.cli.summary import print_summary, write_summary
 from laco_train.collapse import CollapsePlan
+from laco_train.collapse.composition import from_the_first_model, plan_of_source
 from laco_train.collapse.families import depth_of
 from laco_train.collapse.similarity import read_calibration
 from laco_train.errors import InputError, TrainingStopped
@@ -58,6 +60,7 @@ from laco_train.settings import (
     DataSettings,
     ExportSettings,
     ModelSettings,
+    RoundSettings,
     SpeedSettings,
     check_budget,
     check_collapse,
@@ -126,6 +129,8 @@ class RecordConfig(SaveConfigCallback):
 class RecipeCLI(LightningCLI):
     """LightningCLI whose sections are laco_train.settings."""
 
+    _depth_of_folder = 3  # lightning_logs/<recipe>/version_N
+
     def __init__(self, args: list[str], recipe: str | None):
         self.recipe = recipe or "run"
         super().__init__(
@@ -158,12 +163,17 @@ class RecipeCLI(LightningCLI):
             which = "the newest run of the recipe under lightning_logs, or that of --run; without one, start one"
             parser.add_argument("--resume", type=Literal["auto"] | None, help=f"auto: go on with {which}.")
             parser.add_argument("--run", type=str | None, help="Folder of the run that --resume goes on with.")
+            where = "Where its runs go under lightning_logs, and its name; null: the recipe's name."
+            parser.add_argument("--name", type=str | None, help=where)
         return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our sections, and the Trainer's."""
         for name, settings in _SECTIONS.items():
             parser.add_class_arguments(settings, name)
+        several = "Collapse and train several times in a row, each time what the time before left; null: once."
+        order = "Round k, counted from 1, takes its blocks in the order of data.seed + k - 1."
+        parser.add_argument("--rounds", type=list[RoundSettings] | None, default=None, help=f"{several} {order}")
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in _TRAINER_DEFAULTS.items()})
 
@@ -183,6 +193,8 @@ class RecipeCLI(LightningCLI):
         self.budget_settings: BudgetSettings = self._get(self.config_init, "budget")
         self.speed_settings: SpeedSettings = self._get(self.config_init, "speed")
         check_budget(self.budget_settings)
+        if self.subcommand == "fit":
+            self.recipe = self.config_init["fit"].name or self.recipe
         self.earlier = self._earlier_run() if self.subcommand == "fit" else None
         s = self.model_settings
         precision = str(self._get(self.config_init, "trainer").get("precision") or "32-true")
@@ -217,11 +229,15 @@ class RecipeCLI(LightningCLI):
         refuse_other_recipe(earlier, self._parser("fit").dump(self.config["fit"], skip_unset=False))
         if is_finished(earlier.folder, self.export_settings.enabled):
             raise RunIsFinished(f"{earlier.folder} is finished: there is nothing to resume.")
+        return self._go_on(earlier)
+
+    def _go_on(self, earlier: EarlierRun) -> EarlierRun:
+        say = rank_zero_only(partial(print, flush=True))
         if earlier.checkpoint is None:
             self.save_config_kwargs = {"overwrite": True}
             say(f"{earlier.folder} has no checkpoint yet: it begins anew.")
         else:
-            given.ckpt_path = str(earlier.checkpoint)
+            self.config_init["fit"].ckpt_path = str(earlier.checkpoint)
             say(f"Going on from {earlier.checkpoint}.")
         return earlier
 
@@ -231,7 +247,9 @@ class RecipeCLI(LightningCLI):
         check_data(self.data_settings, getattr(config, "max_position_embeddings", None))
         if self.collapse.plan is not None:
             return
-        check_collapse(self.collapse_settings, depth_of(config))
+        depth = depth_of(config)
+        check_collapse(self.collapse_settings, depth)
+        plan_of_source(s.source, depth)
         if self.collapse_settings.plan is None and self.collapse_settings.remove is None:
             read_calibration(self.collapse_settings.calibration)
 
@@ -239,7 +257,8 @@ class RecipeCLI(LightningCLI):
         path = self._get(self.config_init, "ckpt_path")
         self.checkpoint = None if path is None else read_checkpoint(Path(path), "--ckpt_path")
         if self.checkpoint is None:
-            return LayerCollapse(self.collapse_settings, self.recipe)
+            seed = int(self._get(self.config_init, "seed_everything"))
+            return LayerCollapse(self.collapse_settings, self.recipe, seed=seed)
         checkpoint = self.checkpoint
         losses = {name: value for name, value in checkpoint.losses.items() if name != "trained"}
         return LayerCollapse(self.collapse_settings, self.recipe, checkpoint.plan, losses)
@@ -252,7 +271,7 @@ class RecipeCLI(LightningCLI):
         if self.budget_settings.max_tokens is not None and trainer_config.get("max_epochs") is None:
             trainer_config["max_epochs"] = -1  # else Lightning would end the run after 1000
         callbacks = [self.memory, self.collapse, StopAtBudget(), self.utilisation, EstimateDuration(self.utilisation)]
-        callbacks += [ReportKernels(), self.curves, Divergence()]
+        callbacks += [ReportKernels(), self.curves, EvaluateAt(self.curves), Divergence()]
         self.signals, seeds = StopOnSignal(), SeedSteps(self._get(self.config_init, "seed_everything"))
         callbacks += [seeds, MarkEventFiles(), self.signals, *self._checkpoints(trainer_config)]
         trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), VerifiedCheckpointIO()]
@@ -267,7 +286,10 @@ class RecipeCLI(LightningCLI):
     def _logger(self, root: str) -> TensorBoardLogger:
         if self.earlier is None:
             return TensorBoardLogger(Path(root) / "lightning_logs", name=self.recipe, default_hp_metric=False)
-        folder = self.earlier.folder
+        return self._logger_in(self.earlier.folder)
+
+    @staticmethod
+    def _logger_in(folder: Path) -> TensorBoardLogger:
         return TensorBoardLogger(
             folder.parent.parent, name=folder.parent.name, version=folder.name, default_hp_metric=False
         )
@@ -326,7 +348,7 @@ class RecipeCLI(LightningCLI):
         self.trainer.logger.finalize("failed")
         for events in folder.glob("events.*"):
             events.unlink()
-        for empty in (folder, folder.parent, folder.parent.parent):
+        for empty in (folder, *folder.parents[: self._depth_of_folder - 1]):
             if not empty.is_dir() or any(empty.iterdir()):
                 return
             empty.rmdir()
@@ -361,6 +383,7 @@ class RecipeCLI(LightningCLI):
         output = self._export_to()
         plan = self.collapse.plan
         assert isinstance(plan, CollapsePlan)
+        whole = from_the_first_model(plan, self.model_settings.source)
         name = self.export_settings.dtype
         model = self.model.lm
         if gathered_weights is not None:
@@ -369,8 +392,13 @@ class RecipeCLI(LightningCLI):
             save_adapter(model, output.parent / "adapter")
         if output.exists():  # it appears whole or not at all, so the run was killed right after it
             return output
-        card = CardFacts(
-            base_model=self.model_settings.source,
+        dtype = self.dtype if name == "auto" else named_dtype(name)
+        export_folder(model, self.load_tokenizer(), output, dtype=dtype, plan=whole, card=self._card(whole))
+        return output
+
+    def _card(self, plan: CollapsePlan) -> CardFacts:
+        return CardFacts(
+            base_model=plan.source if plan.rounds else self.model_settings.source,
             recipe=self.recipe,
             method=self.model_settings.method,
             data=self.datamodule.summary(),
@@ -379,22 +407,19 @@ class RecipeCLI(LightningCLI):
             steps=self.trainer.global_step,
             licence=None,
         )
-        dtype = self.dtype if name == "auto" else named_dtype(name)
-        export_folder(model, self.load_tokenizer(), output, dtype=dtype, plan=plan, card=card)
-        return output
 
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def run(verb: str, args: list[str]) -> None:
+def run(verb: str, args: list[str], cli: type[RecipeCLI] = RecipeCLI) -> None:
     """Run `verb` of the Trainer with command-line arguments `args`."""
     quieten()
     arguments, recipe = resolve_arguments(args)
     with rank_zero_speaks_first():
         try:
-            RecipeCLI([verb, *arguments], recipe)
+            cli([verb, *arguments], recipe)
         except MisconfigurationException as error:
             raise InputError("trainer", str(error).splitlines()[0]) from error
         except RunIsFinished as finished:

@@ -201,7 +201,8 @@ def apply_plan(model: PreTrainedModel, plan: CollapsePlan, *, weights_follow: bo
         weights_follow: every weight is loaded afterwards, from a checkpoint, so that the refined ones may be missing.
 
     Raises:
-        InputError: the plan belongs to another model (depth or fingerprint), or its refined weights are missing.
+        InputError: the plan is composed, belongs to another model (depth or fingerprint), or its refined weights are
+            missing.
     """
     refuse_other_model(decoder_of(model), plan)
     decoder = collapsible(model)
@@ -221,7 +222,13 @@ def apply_plan(model: PreTrainedModel, plan: CollapsePlan, *, weights_follow: bo
 
 
 def refuse_other_model(decoder: Decoder, plan: CollapsePlan) -> None:
-    """InputError unless `plan` was made for this very model."""
+    """InputError unless `plan` was made for this very model, and can be applied at all."""
+    if plan.rounds:
+        raise InputError(
+            "collapse.plan",
+            f"is composed of {len(plan.rounds)} rounds with training between them, so that it says where layers come "
+            "from and can't be applied; name the collapse_plan.json of one round",
+        )
     if plan.source_depth != decoder.depth:
         raise InputError(
             "collapse.plan", f"was made for {plan.source_depth} layers ({plan.source}), this model has {decoder.depth}"

@@ -42,6 +42,7 @@ RULES: dict[str, Rule] = {"rdsc": rdsc, "last": last, "mean": mean}
 _FUSED = ("rdsc", "mean")  # the rules that merge_kernel knows
 DROP = "drop"  # no arithmetic: layer l stays as it is and the others go
 FITTED = "fitted"  # no arithmetic: the merged layer is trained, and its weights come in a file
+COMPOSED = "composed"  # no arithmetic: a plan of several rounds, with training between them
 
 
 def is_norm(module: nn.Module) -> bool:

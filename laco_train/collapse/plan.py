@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from laco_train.collapse.merge import DROP, FITTED, RULES
+from laco_train.collapse.merge import COMPOSED, DROP, FITTED, RULES
 from laco_train.collapse.reading import build, plain
 from laco_train.errors import InputError
 
@@ -110,8 +110,32 @@ class Refined:
 
 
 @dataclass(frozen=True)
+class Round:
+    """One of the collapses that a composed plan joins.
+
+    Attributes:
+        strategy, source_depth, depth, merge_rule, merges, removed: of its own plan; layers are those of the model that
+            it began with.
+        trained: tokens trained on between the round before and this one; 0 for the first; None: not recorded.
+    """
+
+    strategy: str
+    source_depth: int
+    depth: int
+    merge_rule: str
+    merges: tuple[Merge, ...]
+    removed: tuple[int, ...]
+    trained: int | None
+
+    @property
+    def lineage(self) -> tuple[tuple[int, ...], ...]:
+        """For each layer left those of the model that the round began with; see `lineage_after`."""
+        return lineage_after(self.source_depth, self.merges, self.removed, dropping=self.merge_rule == DROP)
+
+
+@dataclass(frozen=True)
 class CollapsePlan:
-    """What a collapse does to a model.
+    """What a collapse does to a model, or where the layers of one that was collapsed several times come from.
 
     Attributes:
         source: where the model came from.
@@ -122,7 +146,8 @@ class CollapsePlan:
         source_depth: layers before.
         depth: layers after.
         settings: the search's settings, as the recipe gave them.
-        merge_rule: ``rdsc``, ``last``, ``mean``, ``drop``, or ``fitted``: the merged layers are those of `refined`.
+        merge_rule: ``rdsc``, ``last``, ``mean``, ``drop``; ``fitted``: the merged layers are those of `refined`;
+            ``composed``: the merges are those of `rounds`, and training between them keeps the plan from being applied.
         merge_norms: whether norms merged too.
         merges: accepted merges, in order.
         removed: original indices dropped without a merge.
@@ -132,6 +157,7 @@ class CollapsePlan:
         calibration: what the search measured on; None without a search.
         refined: the file of weights that were fitted; None without any.
         refined_weights: its content, if it is at hand; neither part of the JSON file nor compared.
+        rounds: of a composed plan its collapses, two or more, in order; empty for every other.
     """
 
     source: str
@@ -153,6 +179,7 @@ class CollapsePlan:
     format_version: int = FORMAT_VERSION
     refined: Refined | None = None
     refined_weights: bytes | None = field(default=None, repr=False, compare=False, metadata={"json": False})
+    rounds: tuple[Round, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self)
@@ -242,6 +269,13 @@ def lineage_after(
     return tuple(layer for layer in layers if layer[0] not in removed)
 
 
+def joined_lineages(
+    first: tuple[tuple[int, ...], ...], second: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[int, ...], ...]:
+    """The lineage of two collapses in a row: `second` names layers left by `first`, the result those before it."""
+    return tuple(tuple(original for index in layer for original in first[index]) for layer in second)
+
+
 def dropped_by(source_depth: int, lineage: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
     """Original indices that no surviving layer holds."""
     held = {index for layer in lineage for index in layer}
@@ -249,7 +283,7 @@ def dropped_by(source_depth: int, lineage: tuple[tuple[int, ...], ...]) -> tuple
 
 
 def _check(plan: CollapsePlan) -> None:
-    rules = (*RULES, DROP, FITTED)
+    rules = (*RULES, DROP, FITTED, COMPOSED)
     if plan.merge_rule not in rules:
         raise ValueError(f"merge_rule {plan.merge_rule!r} is not one of {', '.join(rules)}")
     held = sum(len(layer) for layer in plan.lineage)
@@ -263,13 +297,30 @@ def _check(plan: CollapsePlan) -> None:
     _check_refined(plan)
     if any(not 0 <= index < plan.source_depth for index in plan.removed):
         raise ValueError(f"removed names a layer outside 0 to {plan.source_depth - 1}")
-    lineage = lineage_after(plan.source_depth, plan.merges, plan.removed, dropping=plan.merge_rule == "drop")
+    if plan.merge_rule == COMPOSED or plan.rounds:
+        lineage = _lineage_of_rounds(plan)
+    else:
+        lineage = lineage_after(plan.source_depth, plan.merges, plan.removed, dropping=plan.merge_rule == DROP)
     if lineage != plan.lineage:
         raise ValueError("lineage does not follow from merges and removed")
     if plan.removed != dropped_by(plan.source_depth, lineage):
         raise ValueError("removed does not follow from merges and lineage")
     if plan.depth != len(lineage) or plan.depth < 1:
         raise ValueError(f"depth is {plan.depth}, but {len(lineage)} layers survive")
+
+
+def _lineage_of_rounds(plan: CollapsePlan) -> tuple[tuple[int, ...], ...]:
+    rounds = plan.rounds
+    if plan.merge_rule != COMPOSED or len(rounds) < 2 or plan.merges or plan.candidates:
+        raise ValueError("a composed plan has two rounds or more, which hold its merges, and no other plan has any")
+    if plan.round != len(rounds) - 1:
+        raise ValueError(f"round is {plan.round}, but the last of {len(rounds)} rounds is {len(rounds) - 1}")
+    lineage: tuple[tuple[int, ...], ...] = tuple((index,) for index in range(plan.source_depth))
+    for number, one in enumerate(rounds):
+        if one.source_depth != len(lineage) or one.depth != len(one.lineage):
+            raise ValueError(f"round {number} is of {one.source_depth} layers, the round before left {len(lineage)}")
+        lineage = joined_lineages(lineage, one.lineage)
+    return lineage
 
 
 def _check_candidates(plan: CollapsePlan) -> None:

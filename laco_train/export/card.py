@@ -100,6 +100,15 @@ def _layers(plan: CollapsePlan) -> str:
 
 
 def _how_chosen(plan: CollapsePlan) -> str:
+    if plan.rounds:
+        lines = [f"Collapsed {len(plan.rounds)} times, each time what the time before left:", ""]
+        for number, one in enumerate(plan.rounds, 1):
+            trained = "" if one.trained == 0 else ", after training on text"
+            if one.trained:
+                trained = f", after training on {one.trained:,} tokens"
+            how = f"strategy `{one.strategy}`, merge rule `{one.merge_rule}`"
+            lines.append(f"{number}. from {one.source_depth} to {one.depth} layers{trained} ({how})")
+        return "\n".join(lines)
     if plan.strategy == "remove":
         return "The layers were named by hand."
     if plan.strategy == "none":
@@ -127,7 +136,8 @@ def _how_chosen(plan: CollapsePlan) -> str:
 
 
 def _origin(plan: CollapsePlan, old: tuple[int, ...]) -> str:
-    return str(old[0]) if len(old) == 1 else f"{_listed(old)} merged (`{plan.merge_rule}`)"
+    rule = "" if plan.rounds else f" (`{plan.merge_rule}`)"
+    return str(old[0]) if len(old) == 1 else f"{_listed(old)} merged{rule}"
 
 
 def _listed(indices: tuple[int, ...]) -> str:

@@ -30,15 +30,22 @@ class Selection:
         fraction: share of documents that is held out; None: nothing is.
         held_out: take the held-out documents, not the others.
         excluded: hex digests of documents never to take.
+        swept: share of documents that is left out of training and validation, at the other end of the hash.
+        sweeps: take those instead.
     """
 
     fraction: float | None = None
     held_out: bool = False
     excluded: frozenset[str] = frozenset()
+    swept: float = 0.0
+    sweeps: bool = False
 
     def takes(self, digest: str) -> bool:
         """Whether the document with this digest is taken."""
-        if self.fraction is not None and (int(digest[:16], 16) < self.fraction * 2**64) != self.held_out:
+        place = int(digest[:16], 16)
+        if self.fraction is not None and (place < self.fraction * 2**64) != self.held_out:
+            return False
+        if not self.held_out and (place >= (1 - self.swept) * 2**64) != self.sweeps:
             return False
         return digest not in self.excluded
 
@@ -133,7 +140,10 @@ def fingerprint(request: Request, tokenizer: PreTrainedTokenizerBase) -> str:
         "version": _VERSION,
         **{name: getattr(request, name) for name in ("key", "column", "chat", "block_size", "max_tokens")},
         "sources": [source.identity() for source in request.sources],
-        "selection": [selection.fraction, selection.held_out, sorted(selection.excluded)],
+        "selection": [
+            *(selection.fraction, selection.held_out, sorted(selection.excluded)),
+            *((selection.swept, selection.sweeps) if selection.swept else ()),
+        ],
         "tokenizer": tokenizer_identity(tokenizer, chat=request.chat),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -240,6 +250,11 @@ def _explain(request: Request, summary: Summary, seen: _Seen) -> InputError:
     if seen.documents == 0:
         key = "data.train" if selection.fraction is not None else request.key
         return InputError(key, "holds no text; name a file or data set that does")
+    if selection.sweeps and not (seen.taken and seen.tokens):
+        return InputError(
+            "data.sweep_fraction",
+            f"the share of {selection.swept} caught none of the {held}; raise it",
+        )
     if seen.taken == 0 and selection.held_out:
         return InputError(
             "data.validation",

@@ -20,16 +20,9 @@ from laco_train.training.sources import HubSet, Source, resolve
 
 
 def collate(blocks: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Blocks to a batch: input_ids, labels and position_ids, int64, (batch, block_size) each, and documents.
-
-    ``documents`` (documents + 1,), int32, is where each document starts in the tokens of the batch, and their number.
-    """
+    """Blocks to a batch: input_ids, labels and position_ids, int64, (batch, block_size) each."""
     rows = list(blocks)
-    batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])).long() for name in rows[0]}
-    positions = batch["position_ids"].flatten()
-    ends = torch.tensor([len(positions)], dtype=torch.int32)
-    batch["documents"] = torch.cat([(positions == 0).nonzero().flatten().int(), ends])
-    return batch
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])).long() for name in rows[0]}
 
 
 class PackedText(LightningDataModule):
@@ -180,12 +173,16 @@ class PackedText(LightningDataModule):
 
         fraction = s.validation_fraction if own is None else None
         if own is None:  # train first: an empty or broken file is to be blamed on data.train
-            self.train_blocks = packed("data.train", train, s.max_tokens, Selection(fraction))
+            self.train_blocks = packed("data.train", train, s.max_tokens, Selection(fraction, swept=s.sweep_fraction))
         held_out = Selection(fraction, held_out=own is None)
         self.validation_blocks = packed("data.validation", own or train, s.validation_max_tokens, held_out)
+        known = frozenset() if own is None else frozenset(self._summaries["validation"].digests)
         if own is not None:
-            known = Selection(excluded=frozenset(self._summaries["validation"].digests))
-            self.train_blocks = packed("data.train", train, s.max_tokens, known)
+            rest = Selection(excluded=known, swept=s.sweep_fraction)
+            self.train_blocks = packed("data.train", train, s.max_tokens, rest)
+        if s.validate_on == "sweep":
+            swept = Selection(fraction, excluded=known, swept=s.sweep_fraction, sweeps=True)
+            self.validation_blocks = packed("data.validation", train, s.validation_max_tokens, swept)
 
 
 def _check_bounds(s: DataSettings, train: list[Source], validation: list[Source]) -> None:

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from laco_train.collapse import CollapsePlan, decoder_of
+from laco_train.collapse.composition import from_the_first_model
 from laco_train.errors import InputError
 from laco_train.models import load_model
 from laco_train.precision import weights_dtype
@@ -120,6 +121,9 @@ class CausalLM(LightningModule):
         dtype = self.weights_dtype if rounded == torch.float32 else rounded
         place = Place(trainer.strategy.root_device, dtype, precision, trainer.precision_plugin.val_step_context)
         data = trainer.datamodule  # type: ignore[attr-defined]
+        whole = from_the_first_model(plan, s.source)
+        if s.distill.teacher == whole.source:  # not the model that was collapsed last, but the one before all rounds
+            plan = whole
         return Distillation(s.distill, make_teacher(s, plan.lineage, plan.source_depth, data, place))
 
     def _undo_casts(self) -> None:

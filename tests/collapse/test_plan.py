@@ -22,7 +22,7 @@ Json = dict[str, Any]
 KEYS = {
     *("format_version", "source", "source_fingerprint", "dtype", "strategy", "round", "source_depth", "depth"),
     *("settings", "merge_rule", "merge_norms", "merges", "removed", "candidates", "lineage", "parameters"),
-    *("calibration", "refined"),
+    *("calibration", "refined", "rounds"),
 }
 
 

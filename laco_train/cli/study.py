@@ -1,0 +1,161 @@
+"""`study --recipe R`: arms on the same data, evaluation points and budget, one after another."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from jsonargparse import SUPPRESS
+
+from laco_train.cli.parsing import VerbParser, add_recipe_flag, resolve_arguments
+from laco_train.errors import InputError
+from laco_train.settings import (
+    BudgetSettings,
+    CollapseSettings,
+    DataSettings,
+    ExportSettings,
+    ModelSettings,
+    SpeedSettings,
+    check_budget,
+    check_collapse,
+    check_data,
+    check_model,
+)
+from laco_train.study.settings import StudySettings, check_study, known
+
+if TYPE_CHECKING:
+    from laco_train.study.run import Study
+
+SECTIONS = {
+    "model": ModelSettings,
+    "collapse": CollapseSettings,
+    "data": DataSettings,
+    "budget": BudgetSettings,
+    "speed": SpeedSettings,
+    "export": ExportSettings,
+}
+
+
+def parser() -> VerbParser:
+    """The verb's parser."""
+    description = "Train arms of a study one after another, and compare them; the same command goes on with it."
+    p = VerbParser(prog="laco_train study", description=description, print_config="--print_config")
+    add_recipe_flag(p)
+    p.add_argument("--arms", type=str | None, help="Only these arms of the recipe, such as laco,sleb; null: all.")
+    p.add_class_arguments(StudySettings, "study")
+    for name, settings in SECTIONS.items():
+        p.add_class_arguments(settings, name)
+    p.add_argument("--trainer", type=dict[str, Any], default={}, help="Any option of Lightning's Trainer.")
+    p.add_argument("--seed_everything", type=bool | int, default=0, help=SUPPRESS)  # study.seeds takes its place
+    return p
+
+
+def run(args: list[str]) -> None:
+    """Check everything, then run what is not finished yet."""
+    arguments, recipe = resolve_arguments(args)
+    config = parser().parse_args(arguments)
+    study, arms = checked(config, recipe or "study", parser())
+
+    from laco_train.errors import TrainingStopped
+    from laco_train.study.outcome import print_outcome
+    from laco_train.study.run import run_study
+
+    try:
+        run_study(study, arms)
+    except TrainingStopped:
+        print_outcome(study)
+        raise
+    print_outcome(study)
+
+
+def checked(config: Any, name: str, p: VerbParser) -> "tuple[Study, list[str]]":
+    """The study that `config` asks for, and the arms to run; nothing is written.
+
+    Raises:
+        InputError: the first thing in it that could not work.
+    """
+    ready = p.instantiate(config)
+    settings: StudySettings = ready.study
+    shared: dict[str, Any] = yaml.safe_load(p.dump(config, skip_unset=False))
+    for key in ("study", "arms", "recipe"):
+        shared.pop(key, None)
+    trainer = shared["trainer"]
+    if trainer.get("logger") not in (None, True):
+        raise InputError("trainer.logger", "goes not with a study, which goes on in fit's own curves; drop it")
+    check_study(settings, ready.collapse, ready.budget, tokens_a_step(ready.data, trainer))
+    arms = chosen(config.arms, settings)
+
+    from laco_train.study.run import Study, refuse_changed
+
+    logs = Path(trainer.get("default_root_dir") or ".") / "lightning_logs"
+    study = Study(name, settings, shared, logs)
+    check_recipe(study.recipe(arms[0], 0, None))  # what is wrong in all arms is no arm's fault
+    sections = {arm: check_arm(study, arm) for arm in settings.arms}
+    refuse_changed(study, arms)
+    _say_disk(study, arms, sections)
+    return study, arms
+
+
+def chosen(names: str | None, settings: StudySettings) -> list[str]:
+    """Arms that --arms names, in the recipe's order; all without it."""
+    all_arms = tuple(settings.arms)
+    if names is None:
+        return list(all_arms)
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise InputError("--arms", f"names no arm; the arms of this recipe are {', '.join(all_arms)}")
+    for name in wanted:
+        known(name, all_arms, "--arms")
+    return [arm for arm in all_arms if arm in wanted]
+
+
+def tokens_a_step(data: DataSettings, trainer: dict[str, Any]) -> int:
+    """Tokens of an optimizer step, over the devices as far as the recipe counts them."""
+    devices, accumulate = trainer.get("devices"), trainer.get("accumulate_grad_batches") or 1
+    return data.block_size * data.batch_size * accumulate * (devices if isinstance(devices, int) and devices > 0 else 1)
+
+
+def check_arm(study: "Study", arm: str) -> Any:
+    """The sections of an arm, filled in; an InputError names the arm."""
+    try:
+        return check_recipe(study.recipe(arm, study.settings.seeds[0], None))
+    except InputError as error:
+        raise InputError(f"study.arms.{arm}", str(error)) from None
+
+
+def check_recipe(recipe: dict[str, Any]) -> Any:
+    """Refuse what fit would refuse of `recipe`, as far as that can be told without the model.
+
+    Returns:
+        Its sections by name, as dataclasses.
+    """
+    from lightning.pytorch import Trainer
+
+    from laco_train.cli.trainer import RecipeParser
+
+    p = RecipeParser(prog="laco_train study")
+    p.add_argument("--seed_everything", type=bool | int, default=0)
+    for name, section in SECTIONS.items():
+        p.add_class_arguments(section, name)
+    p.add_lightning_class_args(Trainer, "trainer")
+    ready = p.instantiate(p.parse_object(recipe))
+    check_model(ready.model)
+    check_collapse(ready.collapse)
+    check_data(ready.data)
+    check_budget(ready.budget)
+    return ready
+
+
+def _say_disk(study: "Study", arms: Sequence[str], sections: dict[str, Any]) -> None:
+    from laco_train.study.disk import check_room, needed, run_bytes
+    from laco_train.study.run import unfinished
+
+    left = unfinished(study, arms)
+    precision = str(study.shared["trainer"].get("precision") or "32-true")
+    sizes = {}
+    for arm in {arm for arm, _ in left}:
+        ready = sections[arm]
+        sizes[arm] = run_bytes(ready.model, ready.collapse, ready.export, precision)
+    said = check_room(needed([sizes[arm] for arm, _ in left]), study.logs)
+    total = len(arms) * len(study.settings.seeds)
+    print(f"Study {study.name}: {len(left)} of {total} runs are left; {said}", flush=True)

@@ -1,0 +1,1 @@
+"""The convergence study: what inheritance is worth, arm beside arm under one budget."""

@@ -1,0 +1,57 @@
+"""A fit in a process of its own: its memory is free again at its end, and its crash is that of one run."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from laco_train.callbacks.preemption import SIGNALS
+
+Fit = Callable[[list[str], Path], int]
+"""Runs fit with command-line arguments, its output added to a file; returns the exit code."""
+
+
+def fit_process(arguments: list[str], log: Path) -> int:
+    """Run fit.
+
+    Raises:
+        SystemExit: told to go by a signal, which fit was told too, and has obeyed.
+    """
+    command = [sys.executable, "-m", "laco_train", "fit", *arguments]
+    with log.open("a", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        with _passing_on(process) as received:
+            code = process.wait()
+    if received:
+        raise SystemExit(128 + received[0])
+    return code
+
+
+@contextmanager
+def _passing_on(process: "subprocess.Popen[bytes]") -> Iterator[list[int]]:
+    """Signals that fit ends at go to `process`; gives a list of those that came. It never outlives the block."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        if process.poll() is None:  # an interrupt from the keyboard has reached it too
+            process.terminate()
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def last_words(log: Path) -> str:
+    """The line with which a fit ended."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("laco_train: ")]
+    return (said or lines or ["it said nothing"])[-1].removeprefix("laco_train: ")

@@ -1,0 +1,264 @@
+"""The report of a comparison: page, Markdown, pictures, tables, and event files that overlay in TensorBoard."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from laco_train.errors import InputError
+from laco_train.study.curves import Arm, Run, arms_of, is_finished, read_json, read_runs, study_folders
+from laco_train.study.figures import Line, curve_pictures
+from laco_train.study.findings import by_depth, data_warning, findings, notes, rivals_of, study_notes
+from laco_train.study.journal import STUDY_FILE
+from laco_train.study.measures import SHARES, ArmMeasures, mean_curve, measure
+from laco_train.study.page import render_markdown, render_page
+from laco_train.study.speed import Speed, Speeds, measure_speeds
+from laco_train.study.tables import Table, count, loss_table, measure_table, size_table
+from laco_train.web_page import Drawn
+
+PAGE, MARKDOWN, CURVES, MEASURES = "index.html", "report.md", "curves.csv", "report.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms and what they measure.
+
+    Attributes:
+        title: of the report.
+        arms: all, the lowest final loss first; exports, which have no curve, last.
+        measures: of those with curves, in the same order.
+        budget: tokens that every arm with a curve has trained on.
+        original: loss of the original before any training; None if unknown.
+        reference: name of the original that is trained on.
+        speeds: of the exports; None if they were not measured.
+        notes: what a reader must know before comparing.
+    """
+
+    title: str
+    arms: tuple[Arm, ...]
+    measures: tuple[ArmMeasures, ...]
+    budget: int
+    original: float | None
+    reference: str
+    speeds: Speeds | None
+    notes: tuple[str, ...]
+
+    @property
+    def best(self) -> list[str]:
+        """Of each depth, the arm of the lowest final loss; neither the original nor random weights."""
+        return [those[0].arm.name for those in by_depth(rivals_of(self.measures, self.reference))]
+
+
+def write_report(folder: Path, *, speed: bool = True) -> Path:
+    """Write the report of the study in `folder` to its ``report`` folder, and return the path of the page.
+
+    What an earlier report left there is replaced.
+
+    Args:
+        folder: of the study.
+        speed: measure inference of the exports.
+
+    Raises:
+        InputError: no arm of it is finished, or a run can't be read.
+    """
+    places = study_folders(folder)
+    finished = [place for place in places if is_finished(place)]
+    runs = [run for place in finished for run in read_runs(place)]
+    if not runs:
+        raise InputError(str(folder), "has no finished arm to report on; let the study go on first")
+    record = read_json(folder / STUDY_FILE) if (folder / STUDY_FILE).is_file() else {}
+    warnings = study_notes(record, [place.parent.name for place in places], [place.parent.name for place in finished])
+    if (problem := data_warning(runs)) is not None:
+        warnings.insert(0, problem)
+    arms = arms_of(runs)
+    speeds = measure_speeds(exports(arms)) if speed else None
+    comparison = compare(arms, title=f"Study {folder.resolve().name}", speeds=speeds, warnings=warnings)
+    output = folder / "report"
+    if output.exists():
+        shutil.rmtree(output)
+    return write_comparison(comparison, output)
+
+
+def exports(arms: Sequence[Arm]) -> list[Path]:
+    """The exported model of each arm's first seed; seeds have equal shapes, so equal speed."""
+    return list(dict.fromkeys(arm.runs[0].export for arm in arms if arm.runs[0].export is not None))
+
+
+def compare(
+    arms: Sequence[Arm],
+    *,
+    title: str,
+    reference: str = "original",
+    speeds: Speeds | None = None,
+    warnings: Sequence[str] = (),
+) -> Comparison:
+    """Measure `arms`.
+
+    Args:
+        arms: with or without curves.
+        title: of the report.
+        reference: name of the arm that is the original trained on.
+        speeds: of their exports.
+        warnings: come before the notes found here.
+    """
+    curved = [arm for arm in arms if arm.budget]
+    by_name = {arm.name: arm for arm in curved}
+    budget = min((arm.budget for arm in curved), default=0)
+    known = by_name.get(reference)
+    starts = [run.points[0].loss for run in known.runs] if known is not None else []
+    before = starts or [run.original for arm in curved for run in arm.runs if run.original is not None]
+    original = statistics.fmean(before) if before else None
+    measured = [measure(arm, budget, known, _scratch_of(arm, curved, known), original) for arm in curved]
+    measured.sort(key=lambda one: one.final)
+    ordered = [one.arm for one in measured] + [arm for arm in arms if not arm.budget]
+    found = notes(ordered, budget, reference, speeds)
+    return Comparison(title, tuple(ordered), tuple(measured), budget, original, reference, speeds, (*warnings, *found))
+
+
+def _scratch_of(arm: Arm, curved: Sequence[Arm], reference: Arm | None) -> Arm | None:
+    """The arm of random weights in the shape of `arm`; any for the reference, which inherits all from itself."""
+    fits = (one for one in curved if one.runs[0].from_scratch and (arm is reference or one.depths == arm.depths))
+    return next(fits, None)
+
+
+def report_tables(comparison: Comparison) -> list[Table]:
+    """The tables of the report."""
+    c, names = comparison, [arm.name for arm in comparison.arms]
+    best = tuple(names.index(name) for name in c.best)
+    tables = [loss_table(c.measures, c.budget, best), measure_table(c.measures, c.budget, best)] if c.measures else []
+    return [*tables, size_table(c.arms, c.speeds, best)]
+
+
+def report_findings(comparison: Comparison) -> list[str]:
+    """What was found, a sentence each."""
+    c = comparison
+    return findings(c.measures, c.budget, c.original, c.reference)
+
+
+def write_comparison(
+    comparison: Comparison, output: Path, on_picture: Callable[[int, int], None] | None = None
+) -> Path:
+    """Write the report to `output`, the page last, and return the path of the page.
+
+    Args:
+        comparison: what to write.
+        output: folder; made if it is not there.
+        on_picture: called after each picture with how many are drawn, of how many.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    c = comparison
+    lines = [_line(m.arm, plain=m.arm.name == c.reference) for m in c.measures]
+    shown: dict[str, Drawn] = {}
+    pictures = curve_pictures(lines, c.original) if lines else []
+    for picture in pictures:
+        drawn = Drawn(picture.alt, picture.png(dark=False), picture.png(dark=True))
+        (output / f"{picture.name}.png").write_bytes(drawn.light)
+        shown[picture.name] = drawn
+        if on_picture is not None:
+            on_picture(len(shown), len(pictures))
+    (output / CURVES).write_text(curves_csv(c), encoding="utf-8")
+    (output / MEASURES).write_text(json.dumps(as_json(c), indent=1) + "\n", encoding="utf-8")
+    _write_events(c, output / "tensorboard")
+    about = _about(c)
+    content: tuple[Any, ...] = (c.title, about, report_findings(c), c.notes, report_tables(c), shown)
+    (output / MARKDOWN).write_text(render_markdown(*content), encoding="utf-8")
+    page = output / PAGE
+    page.write_text(render_page(*content), encoding="utf-8")
+    return page
+
+
+def _line(arm: Arm, *, plain: bool) -> Line:
+    return Line(arm.name, mean_curve(arm), [segment.depth for segment in arm.runs[0].segments], plain)
+
+
+def _about(c: Comparison) -> str:
+    runs = sum(len(arm.runs) for arm in c.arms)
+    text = f"{len(c.arms)} arms" + (f", {runs} runs" if runs != len(c.arms) else "")
+    if c.measures:
+        text += f", compared after {count(c.budget)} tokens"
+    if c.original is not None:
+        text += f"; the original before training has a loss of {c.original:.3f} nats per token"
+    bands = " Bands are one standard deviation over seeds." if any(len(m.arm.runs) > 1 for m in c.measures) else ""
+    return f"{text}.{bands}"
+
+
+def curves_csv(comparison: Comparison) -> str:
+    """Every validation of every run, a row each."""
+    stream = io.StringIO()
+    rows = csv.writer(stream, lineterminator="\n")
+    rows.writerow(["arm", "seed", "run", "round", "layers", "tokens", "share_of_budget", "seconds", "flops", "loss"])
+    for m in comparison.measures:
+        for run in m.arm.runs:
+            for number, segment in enumerate(run.segments, start=1):
+                place = [m.arm.name, run.seed, run.folder, number, segment.depth]
+                for p in segment.points:
+                    rows.writerow([*place, p.tokens, p.tokens / comparison.budget, p.seconds, p.flops, p.loss])
+    return stream.getvalue()
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Every measure, in plain types; `losses` are [tokens, mean loss] at the evaluations that all seeds share."""
+    c = comparison
+    by_name = {m.arm.name: m for m in c.measures}
+    arms = []
+    for arm in c.arms:
+        run, measured = arm.runs[0], by_name.get(arm.name)
+        speed = None if c.speeds is None or run.export is None else c.speeds.models[run.export]
+        arms.append(
+            {
+                "name": arm.name,
+                "depth": run.depth,
+                "parameters": run.parameters,
+                "learning_rate": run.learning_rate,
+                "seeds": [one.seed for one in arm.runs],
+                "losses": [[p.tokens, p.loss] for segment in mean_curve(arm) for p in segment],
+                "recovered": None if measured is None or measured.recovered is None else measured.recovered.mean,
+                "inheritance": None if measured is None or measured.inheritance is None else measured.inheritance.mean,
+                "tokens_to_original": [] if measured is None else [r and asdict(r) for r in measured.reached],
+                "at_shares": [] if measured is None else [one and asdict(one) for one in measured.losses],
+                "speed": asdict(speed) if isinstance(speed, Speed) else None,
+            }
+        )
+    device = None if c.speeds is None else c.speeds.device
+    common = {"budget": c.budget, "shares": list(SHARES), "original": c.original, "device": device}
+    return {**common, "findings": report_findings(c), "notes": list(c.notes), "arms": arms}
+
+
+def _write_events(comparison: Comparison, output: Path) -> None:
+    """A TensorBoard run for each run, all with the same tags; one more for the level of the original."""
+    ends: dict[str, int] = {}
+    for m in comparison.measures:
+        for run in m.arm.runs:
+            name = m.arm.name if len(m.arm.runs) == 1 else f"{m.arm.name}-seed{run.seed}"
+            with SummaryWriter(str(output / re.sub(r"[^\w.-]", "_", name))) as writer:
+                for tag, step, loss, seconds in _scalars(run):
+                    writer.add_scalar(tag, loss, step, walltime=seconds)
+                    ends[tag] = max(ends.get(tag, 0), step)
+    if comparison.original is not None and ends:
+        with SummaryWriter(str(output / "original_before_training")) as writer:
+            for tag, end in ends.items():
+                for step in (0, end):
+                    writer.add_scalar(tag, comparison.original, step)
+
+
+def _scalars(run: Run) -> list[tuple[str, int, float, float | None]]:
+    """(tag, step, loss, seconds) of every point; steps are whole numbers, so FLOPs come in units of 10^9.
+
+    The seconds become the event's wall time: TensorBoard's axis "Relative" is then the time in training.
+    """
+    found: list[tuple[str, int, float, float | None]] = []
+    for p in run.points:
+        found.append(("val_loss/by_tokens", p.tokens, p.loss, p.seconds))
+        if p.seconds is not None:
+            found.append(("val_loss/by_seconds", round(p.seconds), p.loss, p.seconds))
+        if p.flops is not None:
+            found.append(("val_loss/by_gigaflops", round(p.flops / 1e9), p.loss, p.seconds))
+    return found
