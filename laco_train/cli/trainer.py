@@ -3,18 +3,17 @@
 import signal
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.tensorboard.summary import hparams
 
 from laco_train.callbacks.budget import StopAtBudget
 from laco_train.callbacks.checkpoints import last_checkpoint
@@ -34,6 +33,7 @@ from laco_train.callbacks.utilisation import Utilisation
 from laco_train.cli.parsing import OneLineErrors, add_recipe_flag, resolve_arguments
 from laco_train.cli.quiet import quieten
 from laco_train.cli.ranks import ending_children, part_ranks, rank_zero_speaks_first
+from laco_train.cli.record import SECTIONS, RecordConfig
 from laco_train.cli.resume import (
     CONFIG_FILE,
     EarlierRun,
@@ -51,7 +51,6 @@ from laco_train.collapse.families import depth_of
 from laco_train.collapse.similarity import read_calibration
 from laco_train.errors import InputError, TrainingStopped
 from laco_train.export import CardFacts, export_folder, refuse_nonempty, save_adapter
-from laco_train.files import write_whole
 from laco_train.models import load_config, load_tokenizer
 from laco_train.precision import named_dtype, weights_dtype
 from laco_train.settings import (
@@ -75,14 +74,6 @@ from laco_train.training.memory import is_out_of_memory
 from laco_train.training.module import CausalLM
 from laco_train.training.parallel import check_sizes, gathered, refuse_strategy
 
-_SECTIONS = {
-    "model": ModelSettings,
-    "collapse": CollapseSettings,
-    "data": DataSettings,
-    "budget": BudgetSettings,
-    "speed": SpeedSettings,
-    "export": ExportSettings,
-}
 _TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,  # the loss right after the collapse is measured anyway
     "use_distributed_sampler": False,  # PackedText deals out its batches itself; the injected sampler isn't exact
@@ -93,37 +84,6 @@ _TRAINER_DEFAULTS = {
 
 class RecipeParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser with one-line errors."""
-
-
-class RecordConfig(SaveConfigCallback):
-    """Saves config.yaml once the run is sure to begin, so that input found bad until then leaves no trace.
-
-    A resumed run keeps what it began with.
-    """
-
-    claimed: TextIO | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Too early: the collapse may still refuse its input."""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Model, data and collapse are ready: save the recipe, and show it in TensorBoard too."""
-        log_dir = trainer.log_dir  # asks all processes
-        if log_dir is None or not trainer.is_global_zero:
-            return
-        Path(log_dir).mkdir(parents=True, exist_ok=True)
-        self.claimed = claim(Path(log_dir))
-        path = Path(log_dir) / CONFIG_FILE
-        if path.exists() and not self.overwrite:
-            return
-        write_whole(path, self.parser.dump(self.config, skip_unset=False))
-        leaves = [(f"{name}.{key}", value) for name in _SECTIONS for key, value in self.config[name].items()]
-        values = {key: value if isinstance(value, int | float) else str(value) for key, value in leaves}
-        if trainer.logger is not None:
-            trainer.logger.log_hyperparams(values)
-        if isinstance(trainer.logger, TensorBoardLogger):  # which shows them beside a result only
-            for summary in hparams(values, {"val/loss": 0}):
-                trainer.logger.experiment._get_file_writer().add_summary(summary)
 
 
 class RecipeCLI(LightningCLI):
@@ -169,7 +129,7 @@ class RecipeCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our sections, and the Trainer's."""
-        for name, settings in _SECTIONS.items():
+        for name, settings in SECTIONS.items():
             parser.add_class_arguments(settings, name)
         several = "Collapse and train several times in a row, each time what the time before left; null: once."
         order = "Round k, counted from 1, takes its blocks in the order of data.seed + k - 1."

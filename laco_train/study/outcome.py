@@ -1,16 +1,14 @@
 """The table that ends a study, and what would make its arms hard to compare."""
 
 from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from laco_train.study.measures import recovered
+from laco_train.study.report import write_report
 from laco_train.study.run import Study
-
-_LEAST = 0.1  # nats: below it the share of a loss that was recovered says nothing
 
 
 def finished_runs(study: Study) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -20,15 +18,6 @@ def finished_runs(study: Study) -> Iterator[tuple[str, int, dict[str, Any]]]:
             place = study.place(arm, seed)
             if place.finished(study.recipe(arm, seed, None)):
                 yield arm, seed, place.summary
-
-
-def recovered(summary: dict[str, Any]) -> float | None:
-    """Share of the loss added by the collapse that training gave back; None where hardly any was added."""
-    losses = summary["losses"]
-    if "original" not in losses or losses["collapsed"] - losses["original"] < _LEAST:
-        return None
-    share: float = (losses["collapsed"] - losses["trained"]) / (losses["collapsed"] - losses["original"])
-    return share
 
 
 def warnings(study: Study) -> list[str]:
@@ -51,7 +40,9 @@ def print_outcome(study: Study) -> None:
     for name in ("arm", "seed", "layers", "parameters", "rate", "loss at 0", "at the end", "recovered"):
         table.add_column(name, justify="left" if name == "arm" else "right")
     for arm, seed, summary in finished_runs(study):
-        losses, share = summary["losses"], recovered(summary)
+        losses = summary["losses"]
+        original = losses.get("original")
+        share = None if original is None else recovered(losses["collapsed"], losses["trained"], original)
         recipe = study.place(arm, seed).recipe or {}
         table.add_row(
             arm,
@@ -68,16 +59,6 @@ def print_outcome(study: Study) -> None:
         console.print(table)
     for line in warnings(study):
         print(line)
-    report = _report(study.folder) if table.row_count else None
-    if report is not None:
-        print(f"Report: {report}")
+    if table.row_count:
+        print(f"Report: {write_report(study.folder)}")
     print(f"Study: {study.folder}   curves: tensorboard --logdir {study.folder}", flush=True)
-
-
-def _report(folder: Path) -> Path | None:
-    if find_spec("laco_train.study.report") is None:
-        return None
-    from laco_train.study.report import write_report
-
-    written: Path = write_report(folder)
-    return written

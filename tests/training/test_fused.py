@@ -293,3 +293,11 @@ def test_copy_for_the_cpu_is_free_of_all_of_it(adapted: bool, tmp_path: Path) ->
             torch.testing.assert_close(copied(**model_inputs(copied, BATCH)).logits, expected, rtol=1e-5, atol=1e-5)
     assert attends_by_documents(model)  # it goes on training
     assert all(layer._compiled_call_impl is not None for layer in base.model.layers)
+
+
+def test_memory_that_runs_out_in_the_trial_is_no_reason_to_fall_back() -> None:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fused._same(make("llama"), BATCH, torch.zeros(()), loss, attention=False, reasons=[])

@@ -1,0 +1,61 @@
+"""What a run records of its recipe."""
+
+from pathlib import Path
+from typing import TextIO
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
+
+from laco_train.cli.resume import CONFIG_FILE, claim
+from laco_train.files import write_whole
+from laco_train.settings import (
+    BudgetSettings,
+    CollapseSettings,
+    DataSettings,
+    ExportSettings,
+    ModelSettings,
+    SpeedSettings,
+)
+
+SECTIONS = {
+    "model": ModelSettings,
+    "collapse": CollapseSettings,
+    "data": DataSettings,
+    "budget": BudgetSettings,
+    "speed": SpeedSettings,
+    "export": ExportSettings,
+}
+"""The recipe's sections that are ours."""
+
+
+class RecordConfig(SaveConfigCallback):
+    """Saves config.yaml once the run is sure to begin, so that input found bad until then leaves no trace.
+
+    A resumed run keeps what it began with.
+    """
+
+    claimed: TextIO | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early: the collapse may still refuse its input."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Model, data and collapse are ready: save the recipe, and show it in TensorBoard too."""
+        log_dir = trainer.log_dir  # asks all processes
+        if log_dir is None or not trainer.is_global_zero:
+            return
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        self.claimed = claim(Path(log_dir))
+        path = Path(log_dir) / CONFIG_FILE
+        if path.exists() and not self.overwrite:
+            return
+        write_whole(path, self.parser.dump(self.config, skip_unset=False))
+        leaves = [(f"{name}.{key}", value) for name in SECTIONS for key, value in self.config[name].items()]
+        values = {key: value if isinstance(value, int | float) else str(value) for key, value in leaves}
+        if trainer.logger is not None:
+            trainer.logger.log_hyperparams(values)
+        if isinstance(trainer.logger, TensorBoardLogger):  # which shows them beside a result only
+            for summary in hparams(values, {"val/loss": 0}):
+                trainer.logger.experiment._get_file_writer().add_summary(summary)
