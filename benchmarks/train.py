@@ -76,8 +76,8 @@ EIGHT_BIT = {"optimizer": {"learning_rate": 5e-5, "eight_bit": True}}
 CASES = {
     "7b_2048_8k": Case("7b", 2048, 4, 1, 2, 40, 12, config=LLAMA_7B),
     "7b_4096_8k": Case("7b", 4096, 2, 1, 1, 30, 12, config=LLAMA_7B),
-    "7b_2048_64k": Case("7b", 2048, 8, 4, 2, 9, 3, config=LLAMA_7B, log_every=2),
-    "7b_4096_64k": Case("7b", 4096, 4, 4, 1, 9, 3, config=LLAMA_7B, log_every=2),
+    "7b_2048_64k": Case("7b", 2048, 4, 8, 2, 9, 3, config=LLAMA_7B, log_every=2),
+    "7b_4096_64k": Case("7b", 4096, 2, 8, 1, 9, 3, config=LLAMA_7B, log_every=2),
     "135m_1024_32k": Case("135m", 1024, 32, 1, 32, 120, 40, "bf16-mixed", config=SMOLLM2, learning_rate=1e-3),
     "7b_losses": Case("7b", 2048, 4, 1, 2, 20, 20, compare="reference", config=LLAMA_7B, log_every=1),
     "7b_lora_24gib": Case(
