@@ -117,6 +117,7 @@ def recipe(case: Case, folder: Path, text: str) -> dict[str, Any]:
             "batch_size": case.batch,
             "max_tokens": blocks * case.block,
             "validation_max_tokens": 4 * case.block,
+            "num_workers": 2 if DEVICE.type == "cuda" else 0,  # as the recipes for a GPU have it
         },
         "trainer": {
             "default_root_dir": str(folder),

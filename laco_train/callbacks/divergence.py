@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from laco_train.callbacks.checkpoints import last_checkpoint
-from laco_train.callbacks.interval import logs_after
 from laco_train.errors import TrainingStopped
+from laco_train.training.interval import logs_after
 from laco_train.training.loss import Batch
 from laco_train.training.module import CausalLM
 from laco_train.training.parallel import whole

@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-from laco_train.callbacks.interval import logs_after
+from laco_train.training.interval import logs_after
 
 
 class RunProgressBar(RichProgressBar):

@@ -20,14 +20,27 @@ class SeedSteps(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Before dropout."""
-        self._seed("batch", trainer.global_step, batch_idx, trainer.global_rank)
+        self._seed(trainer, "batch", trainer.global_step, batch_idx, trainer.global_rank)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Before the update."""
-        self._seed("step", trainer.global_step)
+        self._seed(trainer, "step", trainer.global_step)
 
-    def _seed(self, *key: Any) -> None:
+    def _seed(self, trainer: Trainer, *key: Any) -> None:
         digest = hashlib.sha256(repr((self.seed, *key)).encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        seed_device(int.from_bytes(digest[:8], "big", signed=True), trainer.strategy.root_device)
+
+
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed the CPU's generator and that of `device`, in use already.
+
+    ``torch.manual_seed`` would also keep a call, with its stack trace, for each kind of device that is not in use.
+    """
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

@@ -43,9 +43,9 @@ def run(args: list[str]) -> None:
     refuse_nonempty(output, "--output")
     runs = [one for folder in config.runs for one in read_runs(Path(folder))]
 
-    from laco_train.study.findings import data_warning
+    from laco_train.study.unlike import data_warnings, validation_warning
 
-    problem = data_warning(runs)
+    problem = validation_warning(runs)
     if problem is not None and not config.force:
         raise InputError("compare", f"{problem} Leave some out, or add --force")
     arms = arms_of(runs)
@@ -67,7 +67,7 @@ def run(args: list[str]) -> None:
         title="Comparison of runs",
         reference=config.reference,
         speeds=speeds,
-        warnings=[] if problem is None else [problem],
+        warnings=data_warnings(runs),
     )
     with bar() as progress:
         task = progress.add_task("Drawing", total=None)

@@ -85,11 +85,14 @@ def checked(config: Any, name: str, p: VerbParser) -> "tuple[Study, list[str]]":
     check_study(settings, ready.collapse, ready.budget, tokens_a_step(ready.data, trainer))
     arms = chosen(config.arms, settings)
 
+    from laco_train.study.depths import depths_at
     from laco_train.study.run import Study, refuse_changed
 
     logs = Path(trainer.get("default_root_dir") or ".") / "lightning_logs"
-    study = Study(name, settings, shared, logs)
-    check_recipe(study.recipe(arms[0], 0, None))  # what is wrong in all arms is no arm's fault
+    check_model(ready.model)
+    depths = depths_at(settings.ratios, ready.model) if settings.ratios else {}
+    study = Study(name, settings, shared, logs, depths)
+    check_recipe(study.recipe(study.tasks(arms)[0], None))  # what is wrong in all arms is no arm's fault
     sections = {arm: check_arm(study, arm) for arm in settings.arms}
     refuse_changed(study, arms)
     _say_disk(study, arms, sections)
@@ -116,9 +119,9 @@ def tokens_a_step(data: DataSettings, trainer: dict[str, Any]) -> int:
 
 
 def check_arm(study: "Study", arm: str) -> Any:
-    """The sections of an arm, filled in; an InputError names the arm."""
+    """The sections of an arm's first run, filled in; an InputError names the arm."""
     try:
-        return check_recipe(study.recipe(arm, study.settings.seeds[0], None))
+        return check_recipe(study.recipe(study.tasks([arm])[0], None))
     except InputError as error:
         raise InputError(f"study.arms.{arm}", str(error)) from None
 
@@ -148,14 +151,15 @@ def check_recipe(recipe: dict[str, Any]) -> Any:
 
 def _say_disk(study: "Study", arms: Sequence[str], sections: dict[str, Any]) -> None:
     from laco_train.study.disk import check_room, needed, run_bytes
-    from laco_train.study.run import unfinished
+    from laco_train.study.run import is_finished
 
-    left = unfinished(study, arms)
+    tasks = study.tasks(arms)
+    left = [task for task in tasks if not is_finished(study, task)]
     precision = str(study.shared["trainer"].get("precision") or "32-true")
     sizes = {}
-    for arm in {arm for arm, _ in left}:
+    for arm in {task.arm for task in left}:  # at its smallest ratio, so none of its runs takes more
         ready = sections[arm]
-        sizes[arm] = run_bytes(ready.model, ready.collapse, ready.export, precision)
-    said = check_room(needed([sizes[arm] for arm, _ in left]), study.logs)
-    total = len(arms) * len(study.settings.seeds)
-    print(f"Study {study.name}: {len(left)} of {total} runs are left; {said}", flush=True)
+        checkpoint, exported = run_bytes(ready.model, ready.collapse, ready.export, precision)
+        sizes[arm] = (0 if ready.trainer.enable_checkpointing is False else checkpoint), exported
+    said = check_room(needed([sizes[task.arm] for task in left]), study.logs)
+    print(f"Study {study.name}: {len(left)} of {len(tasks)} runs are left; {said}", flush=True)

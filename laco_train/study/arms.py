@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from laco_train.study.settings import StudySettings
+from laco_train.study.untrained import CALLBACK, UNTRAINED
 
 Recipe = dict[str, Any]
 
@@ -20,7 +21,14 @@ UNCOLLAPSED = {
 _CHECKPOINTS = "laco_train.callbacks.best_checkpoint.BestAndNewestCheckpoint"
 
 
-def arm_recipe(shared: Mapping[str, Any], study: StudySettings, arm: str, seed: int, rate: float | None) -> Recipe:
+def arm_recipe(
+    shared: Mapping[str, Any],
+    study: StudySettings,
+    arm: str,
+    seed: int,
+    rate: float | None,
+    depth: int | None = None,
+) -> Recipe:
     """The recipe of one run.
 
     Args:
@@ -29,6 +37,7 @@ def arm_recipe(shared: Mapping[str, Any], study: StudySettings, arm: str, seed: 
         arm: one of its arms.
         seed: sets the order of the data too.
         rate: peak learning rate; None: that of the arm, or else the shared one.
+        depth: layers to collapse to; None: as the recipe says.
     """
     recipe = merged(shared, built_in(arm))
     for changes in changes_of(study, arm):
@@ -36,8 +45,12 @@ def arm_recipe(shared: Mapping[str, Any], study: StudySettings, arm: str, seed: 
     recipe = merged(recipe, {"seed_everything": seed, "data": {"seed": seed}})
     if rate is not None:
         recipe = merged(recipe, {"model": {"optimizer": {"learning_rate": rate}}})
+    if depth is not None:
+        recipe = merged(recipe, {"collapse": {"target_depth": depth}})
     if study.sweeps:
         recipe = merged(recipe, {"data": {"sweep_fraction": study.sweep_fraction}})
+    if recipe["budget"]["max_tokens"] == 0:
+        return with_callbacks(merged(recipe, UNTRAINED), [CALLBACK])
     return with_trainer(recipe)
 
 
@@ -71,11 +84,15 @@ def own_rate(study: StudySettings, arm: str) -> float | None:
 def with_trainer(recipe: Recipe) -> Recipe:
     """The recipe without a progress bar, as it would go to a file, and with the best checkpoint kept too."""
     trainer = recipe.get("trainer") or {}
-    named = trainer.get("callbacks") or []
-    callbacks = named if isinstance(named, list) else [named]
-    told = trainer.get("enable_checkpointing") is False or any("Checkpoint" in str(one) for one in callbacks)
-    kept = [] if told else [{"class_path": _CHECKPOINTS}]
-    return merged(recipe, {"trainer": {"enable_progress_bar": False, "callbacks": [*callbacks, *kept] or None}})
+    told = trainer.get("enable_checkpointing") is False or "Checkpoint" in str(trainer.get("callbacks"))
+    return with_callbacks(recipe, [] if told else [_CHECKPOINTS])
+
+
+def with_callbacks(recipe: Recipe, added: list[str]) -> Recipe:
+    """The recipe without a progress bar, and with `added` callbacks, by class path, after its own."""
+    named = (recipe.get("trainer") or {}).get("callbacks") or []
+    callbacks = [*(named if isinstance(named, list) else [named]), *({"class_path": path} for path in added)]
+    return merged(recipe, {"trainer": {"enable_progress_bar": False, "callbacks": callbacks or None}})
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Recipe:

@@ -15,7 +15,7 @@ from laco_train.errors import InputError
 
 _SUMMARY, _CONFIG, _PLAN = "summary.json", "config.yaml", "collapse_plan.json"
 _NO_SETTING = ("seed_everything", "resume", "run", "ckpt_path", "name")
-_ARM_FOLDER = re.compile(r"(?P<arm>.+)-seed(?P<seed>\d+)")
+_RUN_FOLDER = re.compile(r"(?P<arm>.+?(-r(?P<percent>\d+(\.\d+)?))?)-seed(?P<seed>\d+)")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Run:
         source_parameters: parameters of the original; None if unknown.
         segments: one, or one a round; none for an export.
         original: validation loss of the original before any training; None if it was not measured.
-        validation_sha256: of the validation blocks; None if the run did not keep it.
+        validation_sha256, train_sha256: of the blocks; None if the run did not keep it.
         learning_rate: peak; None if unknown, or if rounds differ in it.
         training_speed: tokens per second; None if unknown.
         export: folder of the exported model; None if there is none.
@@ -86,9 +86,26 @@ class Run:
     segments: tuple[Segment, ...]
     original: float | None
     validation_sha256: str | None
+    train_sha256: str | None
     learning_rate: float | None
     training_speed: float | None
     export: Path | None
+
+    @property
+    def is_collapsed(self) -> bool:
+        """Whether it is a collapsed model: neither the original nor a shape of random weights."""
+        return not self.from_scratch and self.strategy != "none"
+
+    @property
+    def ratio(self) -> float | None:
+        """Share of the parameters that a study asked it to remove; None: it named none."""
+        found = _RUN_FOLDER.fullmatch(self.folder.resolve().parent.name)
+        return None if found is None or found["percent"] is None else float(found["percent"]) / 100
+
+    @property
+    def line(self) -> str:
+        """Its name without the ratio: that of its arm at all ratios."""
+        return self.name if self.ratio is None else self.name.removesuffix(f"-r{100 * self.ratio:g}")
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -110,8 +127,8 @@ class Arm:
 
     @property
     def is_rival(self) -> bool:
-        """Whether it is a collapsed model: neither the original nor a shape of random weights."""
-        return not self.runs[0].from_scratch and self.runs[0].strategy != "none"
+        """Whether it is a collapsed model."""
+        return self.runs[0].is_collapsed
 
     @property
     def budget(self) -> int:
@@ -144,7 +161,7 @@ def study_folders(folder: Path) -> list[Path]:
     newest = []
     for arm in sorted(folder.glob("*-seed*")):
         versions = [path for path in arm.glob("version_*") if path.name.removeprefix("version_").isdigit()]
-        if _ARM_FOLDER.fullmatch(arm.name) and versions:
+        if _RUN_FOLDER.fullmatch(arm.name) and versions:
             newest.append(max(versions, key=lambda path: int(path.name.removeprefix("version_"))))
     return newest
 
@@ -185,6 +202,7 @@ def _read_run(folder: Path, rounds: Sequence[Path]) -> Run:
             segments=segments,
             original=first["losses"].get("original"),
             validation_sha256=data.get("validation", {}).get("sha256"),
+            train_sha256=data.get("train", {}).get("sha256"),
             learning_rate=rates.pop() if len(rates) == 1 else None,
             training_speed=last.get("tokens_per_second"),
             export=next((path for path in (folder / "export", rounds[-1] / "export") if path.is_dir()), None),
@@ -228,7 +246,7 @@ def joined(segments: Sequence[Segment]) -> tuple[Segment, ...]:
 def _named(folder: Path, config: dict[str, Any], strategy: str, rounds: int) -> tuple[str, str, int | None]:
     """Name, group and seed of a run."""
     place = folder.resolve()
-    if found := _ARM_FOLDER.fullmatch(place.parent.name):
+    if found := _RUN_FOLDER.fullmatch(place.parent.name):
         return found["arm"], f"{place.parent.parent}/{found['arm']}", int(found["seed"])
     seed = config.get("seed_everything")
     data = {key: value for key, value in config.get("data", {}).items() if key != "seed"}
@@ -268,6 +286,7 @@ def _read_export(folder: Path) -> Run:
         segments=(),
         original=None,
         validation_sha256=None,
+        train_sha256=None,
         learning_rate=None,
         training_speed=None,
         export=folder,
@@ -300,7 +319,7 @@ def arms_of(runs: Iterable[Run]) -> list[Arm]:
 
 def _by_folder(run: Run) -> str:
     place = run.folder.resolve()
-    if _ARM_FOLDER.fullmatch(place.parent.name):
+    if _RUN_FOLDER.fullmatch(place.parent.name):
         return f"{place.parent.parent.name}/{run.name}"
     return f"{place.parent.name}/{place.name}"
 

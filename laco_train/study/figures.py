@@ -34,7 +34,9 @@ class Line:
 
 
 @dataclass(frozen=True)
-class _Look:
+class Look:
+    """How a line is drawn."""
+
     color: str
     marker: str
     line: Any
@@ -87,17 +89,16 @@ def _power(value: float) -> str:
     return power if mantissa == "1" else f"${mantissa}\\cdot$" + power
 
 
-def _looks(lines: Sequence[Line]) -> list[_Look]:
-    looks, used = [], 0
-    for line in lines:
-        if line.plain:
-            looks.append(_Look(mpl.rcParams["text.color"], "", "-"))
+def looks(plain: Sequence[bool]) -> list[Look]:
+    """One for each line, all unlike; in the text's colour and without a marker where it is `plain`."""
+    found, used = [], 0
+    for one in plain:
+        if one:
+            found.append(Look(mpl.rcParams["text.color"], "", "-"))
         else:
-            looks.append(
-                _Look(_COLORS[used % len(_COLORS)], _MARKERS[used % len(_MARKERS)], _LINES[used % len(_LINES)])
-            )
+            found.append(Look(_COLORS[used % len(_COLORS)], _MARKERS[used % len(_MARKERS)], _LINES[used % len(_LINES)]))
             used += 1
-    return looks
+    return found
 
 
 def _figure(lines: Sequence[Line], original: float | None, axis: _Axis, lower: bool) -> Figure:
@@ -107,19 +108,20 @@ def _figure(lines: Sequence[Line], original: float | None, axis: _Axis, lower: b
     firsts = [x for line in lines for s in line.segments for p in s if (x := axis.of(p)) is not None and x > 0]
     if axis.log and firsts:
         axes.set_xscale("symlog", linthresh=min(firsts), linscale=0.35)
-    for line, look in zip(lines, _looks(lines), strict=True):
+    drawn_as = looks([line.plain for line in lines])
+    for line, look in zip(lines, drawn_as, strict=True):
         drawn = _draw(axes, line, look, axis)
         if drawn is not None:
             ends.append((f"{line.name} {drawn[1]:.3f}", *drawn, look))
     if original is not None:
-        grey = _Look(mpl.rcParams["text.color"], "", (0, (1, 3)))
+        grey = Look(mpl.rcParams["text.color"], "", (0, (1, 3)))
         axes.axhline(original, color=grey.color, linestyle=grey.line, linewidth=1.2, zorder=1)
     _limit(axes, lines, original, axis, lower)
     if original is not None:
         ends.append((f"orig. start {original:.3f}", axes.get_xlim()[1], original, grey))
-    for line, look in zip(lines, _looks(lines), strict=True):
+    for line, look in zip(lines, drawn_as, strict=True):
         _mark_collapses(axes, line, look, axis)
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     axes.set_ylabel("validation loss (nats per token)")
     axes.set_xlabel(axis.label)
     axes.grid(alpha=0.5)
@@ -127,7 +129,7 @@ def _figure(lines: Sequence[Line], original: float | None, axis: _Axis, lower: b
     return figure
 
 
-def _draw(axes: Axes, line: Line, look: _Look, axis: _Axis) -> tuple[float, float] | None:
+def _draw(axes: Axes, line: Line, look: Look, axis: _Axis) -> tuple[float, float] | None:
     """Draw one arm, and return where it ends."""
     end = None
     for segment in line.segments:
@@ -147,7 +149,7 @@ def _draw(axes: Axes, line: Line, look: _Look, axis: _Axis) -> tuple[float, floa
     return end
 
 
-def _mark_collapses(axes: Axes, line: Line, look: _Look, axis: _Axis) -> None:
+def _mark_collapses(axes: Axes, line: Line, look: Look, axis: _Axis) -> None:
     """Say to how many layers each round collapsed, where its curve begins, or at the top if that lies above."""
     for depth, segment in list(zip(line.depths, line.segments, strict=True))[1:]:
         x, loss = axis.of(segment[0]), min(segment[0].loss, axes.get_ylim()[1])
@@ -191,7 +193,7 @@ def decades(low: float, high: float) -> list[float]:
     return whole if len(whole) >= 2 else found
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, _Look]]) -> None:
+def label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, Look]]) -> None:
     """Names beside the right edge, each as near to the height of its line's end as the others leave room for."""
     if not ends:
         return

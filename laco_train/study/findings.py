@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from laco_train.study.curves import Arm, Run
+from laco_train.study.curves import Arm
 from laco_train.study.measures import ArmMeasures
 from laco_train.study.speed import Speeds
 from laco_train.study.tables import count
+from laco_train.study.tasks import run_name
+from laco_train.study.unlike import depth_warning
 
 _LACO = "laco"
-_DISAGREE = 0.01
-"""Nats by which runs may differ on the original's loss before training, for rounding, on the same text."""
 
 
 def findings(measures: Sequence[ArmMeasures], budget: int, original: float | None, reference: str) -> list[str]:
@@ -96,27 +96,6 @@ def _start_against(m: ArmMeasures, rivals: Sequence[ArmMeasures]) -> str:
     return f"; before training it stood at {own:.3f}, {best} at {starts[best]:.3f}"
 
 
-def _place(run: Run) -> str:
-    return "/".join(run.folder.resolve().parts[-2:])
-
-
-def data_warning(runs: Sequence[Run]) -> str | None:
-    """One line if `runs` were validated on unlike data, by sha256, or where that is unknown by the original's loss."""
-    curved = [run for run in runs if run.points]
-    known = sorted({run.validation_sha256 for run in curved if run.validation_sha256 is not None})
-    if len(known) > 1:
-        groups = (", ".join(_place(run) for run in curved if run.validation_sha256 == sha) for sha in known)
-        return f"The runs were validated on unlike data, so their losses do not compare: {' | '.join(groups)}."
-    certain = all(run.validation_sha256 is not None for run in curved)
-    losses = [run.original for run in curved if run.original is not None]
-    if not certain and losses and max(losses) - min(losses) > _DISAGREE:
-        return (
-            f"The original's loss before training differs between runs ({min(losses):.3f} to {max(losses):.3f}): "
-            "another model or other validation data, so their losses do not compare."
-        )
-    return None
-
-
 def study_notes(record: Mapping[str, Any], begun: Sequence[str], finished: Sequence[str]) -> list[str]:
     """What a study's own record adds: runs that are not in the report, and how learning rates were chosen.
 
@@ -129,7 +108,7 @@ def study_notes(record: Mapping[str, Any], begun: Sequence[str], finished: Seque
     left = {name: "" for name in begun}
     for entry in record.get("runs", []):
         problem = f" (failed: {entry['problem']})" if entry.get("problem") else ""
-        left[f"{entry['arm']}-seed{entry['seed']}"] = problem
+        left[run_name(entry["arm"], entry["seed"], entry.get("ratio"))] = problem
     if out := [f"{name}{problem}" for name, problem in left.items() if name not in finished]:
         lines.append(f"Not finished, so left out: {', '.join(out)}.")
     swept = []
@@ -161,10 +140,7 @@ def _unlike(curved: Sequence[Arm], budget: int, reference: str) -> list[str]:
             lines.append(
                 f"{arm.name} is averaged over seeds of unlike depth: {', '.join(map(str, arm.depths))} layers."
             )
-    rivals = {arm.name: arm.depths for arm in curved if arm.is_rival and arm.name != reference}
-    if len({tuple(depths) for depths in rivals.values()}) > 1:
-        each = ", ".join(f"{name} {'/'.join(map(str, depths))}" for name, depths in rivals.items())
-        lines.append(f"The collapsed arms differ in depth, so a lower loss may be that of more layers: {each}.")
+    lines += depth_warning([run for arm in curved if arm.name != reference for run in arm.runs])
     if any(arm.budget > 1.02 * budget for arm in curved):
         lines.append(f"The runs have unlike lengths; shares are of the shortest, {count(budget)} tokens.")
     if any(len(run.segments) > 1 for arm in curved for run in arm.runs):

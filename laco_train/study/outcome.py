@@ -6,32 +6,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from laco_train.study.curves import read_runs
+from laco_train.study.locks import is_held
 from laco_train.study.measures import recovered
 from laco_train.study.report import write_report
-from laco_train.study.run import Study
+from laco_train.study.run import Study, is_finished
+from laco_train.study.tasks import Task
+from laco_train.study.unlike import unlike
 
 
-def finished_runs(study: Study) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(arm, seed, summary) of each finished run, whichever call finished it; arms in the recipe's order."""
+def finished_runs(study: Study) -> Iterator[tuple[Task, dict[str, Any]]]:
+    """(run, summary) of each that is finished, whichever call finished it; arms in the recipe's order."""
     for arm in study.settings.arms:
-        for seed in study.settings.seeds:
-            place = study.place(arm, seed)
-            if place.finished(study.recipe(arm, seed, None)):
-                yield arm, seed, place.summary
-
-
-def warnings(study: Study) -> list[str]:
-    """Lines on what differs between finished runs and should not."""
-    found = list(finished_runs(study))
-    lines = []
-    for role in ("validation", "train"):
-        if len({summary["data"][role]["sha256"] for _, _, summary in found}) > 1:
-            lines.append(f"Warning: the {role} blocks are not the same in all runs; their losses can't be compared.")
-    depths = {arm: summary["depth"] for arm, _, summary in found if arm != "original"}
-    if len(set(depths.values())) > 1:
-        said = ", ".join(f"{arm} {depth}" for arm, depth in depths.items())
-        lines.append(f"Warning: the arms don't have the same number of layers: {said}.")
-    return lines
+        for task in study.tasks([arm]):
+            if is_finished(study, task):
+                yield task, study.place(task).summary
 
 
 def print_outcome(study: Study) -> None:
@@ -39,14 +28,14 @@ def print_outcome(study: Study) -> None:
     table = Table(title=f"Study {study.name}", title_style="bold")
     for name in ("arm", "seed", "layers", "parameters", "rate", "loss at 0", "at the end", "recovered"):
         table.add_column(name, justify="left" if name == "arm" else "right")
-    for arm, seed, summary in finished_runs(study):
+    for task, summary in finished_runs(study):
         losses = summary["losses"]
         original = losses.get("original")
         share = None if original is None else recovered(losses["collapsed"], losses["trained"], original)
-        recipe = study.place(arm, seed).recipe or {}
+        recipe = study.place(task).recipe or {}
         table.add_row(
-            arm,
-            str(seed),
+            task.arm,
+            str(task.seed),
             str(summary["depth"]),
             f"{summary['parameters']['after']:,}",
             f"{recipe['model']['optimizer']['learning_rate']:g}",
@@ -57,8 +46,12 @@ def print_outcome(study: Study) -> None:
     console = Console(width=100)
     if table.row_count:
         console.print(table)
-    for line in warnings(study):
-        print(line)
     if table.row_count:
-        print(f"Report: {write_report(study.folder)}")
+        runs = [run for task, _ in finished_runs(study) for run in read_runs(study.place(task).run)]
+        for line in unlike(runs):
+            print(f"Warning: {line}")
+        busy = [arm for arm in study.settings.arms if is_held(study.folder, arm)]
+        if busy:
+            print(f"Inference is not measured: other processes run {', '.join(busy)}; the last to end measures it.")
+        print(f"Report: {write_report(study.folder, speed=not busy)}")
     print(f"Study: {study.folder}   curves: tensorboard --logdir {study.folder}", flush=True)

@@ -1,11 +1,14 @@
 """A comparison as one HTML page and as Markdown: the same sentences, tables and figures in both."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 from laco_train.study.tables import Table
 from laco_train.web_page import Drawn, document, figure, table
 
+PAGE, MARKDOWN = "index.html", "report.md"
 _STYLE = """
 th, td { vertical-align: bottom; } thead th { white-space: normal; min-width: 4.2rem; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
@@ -16,45 +19,55 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
   table { break-inside: avoid; }
   .grid { grid-template-columns: 1fr 1fr; } th:first-child, td:first-child { position: static; } }
 """
-_CAPTIONS = {
-    "curves": "Against tokens, on a logarithmic scale that begins with 0. Beside the names: the last losses.",
-    "curves_linear": "Against tokens, only the lower part of the losses; ↑: ends above it.",
-    "curves_time": "Against time in training, validation and compilation aside.",
-    "curves_flops": "Against the operations that training took, counted from the shape of the model.",
-}
 
 
-def render_page(
-    title: str,
-    about: str,
-    findings: Sequence[str],
-    notes: Sequence[str],
-    tables: Sequence[Table],
-    shown: Mapping[str, Drawn],
-) -> str:
-    """The page.
+@dataclass(frozen=True)
+class Report:
+    """What a page shows.
 
-    Args:
+    Attributes:
         title: its heading.
         about: one line under it.
-        findings: what it found, a sentence each.
+        findings: what was found, a sentence each.
         notes: what a reader must know before comparing, a sentence each.
-        tables: in order; the first stands before the figures.
-        shown: pictures by name, in order.
+        tables: in order; they follow the figures.
+        heading: of the figures.
+        shown: figures by name, in order.
+        captions: of figures, by name.
+        files: what lies beside the page, as HTML.
     """
-    figures = "".join(figure(drawn, "", _CAPTIONS[name]) for name, drawn in shown.items())
-    first, *rest = [_section(one) for one in tables]
+
+    title: str
+    about: str
+    findings: Sequence[str]
+    notes: Sequence[str]
+    tables: Sequence[Table]
+    heading: str
+    shown: Mapping[str, Drawn]
+    captions: Mapping[str, str]
+    files: str
+
+
+def write_pages(report: Report, output: Path) -> Path:
+    """Write Markdown and then the page to the folder `output`; returns the path of the page."""
+    (output / MARKDOWN).write_text(render_markdown(report), encoding="utf-8")
+    page = output / PAGE
+    page.write_text(render_page(report), encoding="utf-8")
+    return page
+
+
+def render_page(report: Report) -> str:
+    """The page."""
+    figures = "".join(figure(drawn, "", report.captions[name]) for name, drawn in report.shown.items())
     sections = [
-        f'<h1>{escape(title)}</h1><p class="soft">{escape(about)}</p>',
-        _paragraphs("call", findings),
-        _paragraphs("warn", notes),
-        f'<h2>Curves</h2><div class="grid">{figures}</div>' if figures else "",
-        first,
-        *rest,
-        '<p class="soft">curves.csv has every point, report.json every measure; '
-        "<code>tensorboard --logdir tensorboard</code> in this folder overlays the curves.</p>",
+        f'<h1>{escape(report.title)}</h1><p class="soft">{escape(report.about)}</p>',
+        _paragraphs("call", report.findings),
+        _paragraphs("warn", report.notes),
+        f'<h2>{escape(report.heading)}</h2><div class="grid">{figures}</div>' if figures else "",
+        *(_section(one) for one in report.tables),
+        f'<p class="soft">{report.files}</p>',
     ]
-    return document(title, sections, _STYLE)
+    return document(report.title, sections, _STYLE)
 
 
 def _section(one: Table) -> str:
@@ -65,22 +78,15 @@ def _paragraphs(kind: str, lines: Sequence[str]) -> str:
     return f'<div class="{kind}">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>' if lines else ""
 
 
-def render_markdown(
-    title: str,
-    about: str,
-    findings: Sequence[str],
-    notes: Sequence[str],
-    tables: Sequence[Table],
-    shown: Mapping[str, Drawn],
-) -> str:
+def render_markdown(report: Report) -> str:
     """The same as `render_page`, with pictures as files beside it."""
-    parts = [f"# {title}", about, *(f"- {line}" for line in findings)]
-    parts += ["", *(f"> {line}  " for line in notes)] if notes else []
-    for name, drawn in shown.items():
-        parts += ["", f"![{drawn.alt}]({name}.png)", "", _CAPTIONS[name]]
-    for one in tables:
+    parts = [f"# {report.title}", "", report.about, "", *(f"- {line}" for line in report.findings)]
+    parts += ["", *(f"> {line}  " for line in report.notes)] if report.notes else []
+    for name, drawn in report.shown.items():
+        parts += ["", f"![{drawn.alt}]({name}.png)", "", report.captions[name]]
+    for one in report.tables:
         parts += ["", f"## {one.title}", "", one.about, "", *markdown_table(one)]
-    return "\n".join([parts[0], "", parts[1], "", *parts[2:], ""])
+    return "\n".join([*parts, ""])
 
 
 def markdown_table(one: Table) -> list[str]:

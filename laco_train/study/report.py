@@ -16,15 +16,28 @@ from torch.utils.tensorboard import SummaryWriter
 from laco_train.errors import InputError
 from laco_train.study.curves import Arm, Run, arms_of, is_finished, read_json, read_runs, study_folders
 from laco_train.study.figures import Line, curve_pictures
-from laco_train.study.findings import by_depth, data_warning, findings, notes, rivals_of, study_notes
+from laco_train.study.findings import by_depth, findings, notes, rivals_of, study_notes
 from laco_train.study.journal import STUDY_FILE
+from laco_train.study.locks import alone
 from laco_train.study.measures import SHARES, ArmMeasures, mean_curve, measure
-from laco_train.study.page import render_markdown, render_page
+from laco_train.study.page import Report, write_pages
+from laco_train.study.pictures import draw
+from laco_train.study.ratio_report import write_ratio_report
 from laco_train.study.speed import Speed, Speeds, measure_speeds
 from laco_train.study.tables import Table, count, loss_table, measure_table, size_table
-from laco_train.web_page import Drawn
+from laco_train.study.unlike import data_warnings
 
-PAGE, MARKDOWN, CURVES, MEASURES = "index.html", "report.md", "curves.csv", "report.json"
+CURVES, MEASURES = "curves.csv", "report.json"
+_CAPTIONS = {
+    "curves": "Against tokens, on a logarithmic scale that begins with 0. Beside the names: the last losses.",
+    "curves_linear": "Against tokens, only the lower part of the losses; ↑: ends above it.",
+    "curves_time": "Against time in training, validation and compilation aside.",
+    "curves_flops": "Against the operations that training took, counted from the shape of the model.",
+}
+_FILES = (
+    "curves.csv has every point, report.json every measure; "
+    "<code>tensorboard --logdir tensorboard</code> in this folder overlays the curves."
+)
 
 
 @dataclass(frozen=True)
@@ -69,22 +82,32 @@ def write_report(folder: Path, *, speed: bool = True) -> Path:
     Raises:
         InputError: no arm of it is finished, or a run can't be read.
     """
+    with alone(folder, "report"):  # read and written by one process at a time, so that the last one's is of all runs
+        runs, warnings = _finished(folder)
+        title = f"Study {folder.resolve().name}"
+        output, aside = folder / "report", folder / "report.partial"
+        shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
+        if any(run.ratio is not None for run in runs):
+            page = write_ratio_report(runs, title, warnings, aside)
+        else:
+            arms = arms_of(runs)
+            speeds = measure_speeds(exports(arms)) if speed else None
+            page = write_comparison(compare(arms, title=title, speeds=speeds, warnings=warnings), aside)
+        shutil.rmtree(output, ignore_errors=True)
+        aside.rename(output)
+    return output / page.name
+
+
+def _finished(folder: Path) -> tuple[list[Run], list[str]]:
+    """Finished runs of the study in `folder`, and what must be known of them before comparing."""
     places = study_folders(folder)
     finished = [place for place in places if is_finished(place)]
     runs = [run for place in finished for run in read_runs(place)]
     if not runs:
         raise InputError(str(folder), "has no finished arm to report on; let the study go on first")
     record = read_json(folder / STUDY_FILE) if (folder / STUDY_FILE).is_file() else {}
-    warnings = study_notes(record, [place.parent.name for place in places], [place.parent.name for place in finished])
-    if (problem := data_warning(runs)) is not None:
-        warnings.insert(0, problem)
-    arms = arms_of(runs)
-    speeds = measure_speeds(exports(arms)) if speed else None
-    comparison = compare(arms, title=f"Study {folder.resolve().name}", speeds=speeds, warnings=warnings)
-    output = folder / "report"
-    if output.exists():
-        shutil.rmtree(output)
-    return write_comparison(comparison, output)
+    told = study_notes(record, [place.parent.name for place in places], [place.parent.name for place in finished])
+    return runs, [*data_warnings(runs), *told]
 
 
 def exports(arms: Sequence[Arm]) -> list[Path]:
@@ -156,23 +179,12 @@ def write_comparison(
     output.mkdir(parents=True, exist_ok=True)
     c = comparison
     lines = [_line(m.arm, plain=m.arm.name == c.reference) for m in c.measures]
-    shown: dict[str, Drawn] = {}
-    pictures = curve_pictures(lines, c.original) if lines else []
-    for picture in pictures:
-        drawn = Drawn(picture.alt, picture.png(dark=False), picture.png(dark=True))
-        (output / f"{picture.name}.png").write_bytes(drawn.light)
-        shown[picture.name] = drawn
-        if on_picture is not None:
-            on_picture(len(shown), len(pictures))
+    shown = draw(curve_pictures(lines, c.original) if lines else [], output, on_picture)
     (output / CURVES).write_text(curves_csv(c), encoding="utf-8")
     (output / MEASURES).write_text(json.dumps(as_json(c), indent=1) + "\n", encoding="utf-8")
     _write_events(c, output / "tensorboard")
-    about = _about(c)
-    content: tuple[Any, ...] = (c.title, about, report_findings(c), c.notes, report_tables(c), shown)
-    (output / MARKDOWN).write_text(render_markdown(*content), encoding="utf-8")
-    page = output / PAGE
-    page.write_text(render_page(*content), encoding="utf-8")
-    return page
+    content = _about(c), report_findings(c), c.notes, report_tables(c), "Curves", shown, _CAPTIONS, _FILES
+    return write_pages(Report(c.title, *content), output)
 
 
 def _line(arm: Arm, *, plain: bool) -> Line:

@@ -1,18 +1,21 @@
 """Runs the arms of a study one after another; what is finished is skipped, what was cut off goes on."""
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from laco_train.cli.resume import claim
 from laco_train.errors import TrainingStopped
 from laco_train.study.arms import Recipe, arm_recipe, own_rate
 from laco_train.study.journal import Entry, Journal, now
+from laco_train.study.locks import alone, holding, is_held, refuse_held
 from laco_train.study.place import LOG_FILE, Place
 from laco_train.study.process import Fit, fit_process, last_words
 from laco_train.study.settings import StudySettings
 from laco_train.study.sweep import best_rate, sweep_recipe
+from laco_train.study.tasks import Task, tasks
 
 
 def _say(line: str) -> None:
@@ -28,6 +31,7 @@ class Study:
         settings: the recipe's section `study`.
         shared: its other sections, all keys filled in.
         logs: Lightning's folder, lightning_logs.
+        depths: layers that remain at each of study.ratios.
         fit: runs one fit.
         say: called with a line for each thing that happens.
     """
@@ -36,6 +40,7 @@ class Study:
     settings: StudySettings
     shared: Recipe
     logs: Path
+    depths: Mapping[float, int] = field(default_factory=dict)
     fit: Fit = fit_process
     say: Callable[[str], None] = _say
 
@@ -44,17 +49,22 @@ class Study:
         """Where its runs are."""
         return self.logs / self.name
 
-    def place(self, arm: str, seed: int) -> Place:
+    def tasks(self, arms: Sequence[str]) -> list[Task]:
+        """The runs of `arms`, in order."""
+        return tasks(self.settings, arms)
+
+    def place(self, task: Task) -> Place:
         """Where a run is."""
-        return Place(self.logs, f"{self.name}/{arm}-seed{seed}")
+        return Place(self.logs, f"{self.name}/{task.name}")
 
     def sweep_place(self, arm: str, rate: float) -> Place:
         """Where a short run of a sweep is: apart, so that TensorBoard shows the arms alone."""
         return Place(self.logs, f"{self.name}-sweep/{arm}-{rate:g}")
 
-    def recipe(self, arm: str, seed: int, rate: float | None) -> Recipe:
+    def recipe(self, task: Task, rate: float | None) -> Recipe:
         """The recipe of a run."""
-        return arm_recipe(self.shared, self.settings, arm, seed, rate)
+        depth = None if task.ratio is None else self.depths[task.ratio]
+        return arm_recipe(self.shared, self.settings, task.arm, task.seed, rate, depth)
 
     def rate(self, arm: str) -> tuple[float, str] | None:
         """Learning rate of `arm` and how it was chosen, as far as no sweep is needed for it."""
@@ -63,98 +73,101 @@ class Study:
         if not self.settings.sweeps:
             given = self.settings.learning_rates
             return (given[0] if given else self.shared["model"]["optimizer"]["learning_rate"]), "recipe"
-        for seed in self.settings.seeds:
-            place = self.place(arm, seed)
+        for task in self.tasks([arm]):
+            place = self.place(task)
             if place.begun and (recipe := place.recipe) is not None:
                 return recipe["model"]["optimizer"]["learning_rate"], "sweep"
         return None
 
 
 def run_study(study: Study, arms: Sequence[str]) -> None:
-    """Run `arms` with every seed, each in `<arm>-seed<k>/version_0` of the study's folder.
+    """Run `arms`, each run in `<its name>/version_0` of the study's folder.
+
+    Other processes may run other arms meanwhile.
 
     Raises:
-        InputError: another process works on it, or what has begun there is not of this recipe. Nothing is written then.
+        InputError: another process works at one of them, or what has begun is not of this recipe. Nothing is written.
         TrainingStopped: a run failed; the others were run all the same, unless study.keep_going is false.
         SystemExit: told to go by a signal.
     """
     refuse_changed(study, arms)
-    s = study.settings
-    journal = Journal(
-        study.name,
-        list(s.arms),
-        s.seeds,
-        study.shared["budget"]["max_tokens"],
-        study.shared["budget"]["evaluate_at"],
-        now(),
-    )
-    journal.take_over(study.folder)
+    s, budget = study.settings, study.shared["budget"]
+    asked = list(s.arms), s.seeds, s.ratios, budget["max_tokens"], budget["evaluate_at"]
+    journal = Journal(study.name, *asked, now())
     study.folder.mkdir(parents=True, exist_ok=True)
-    with claim(study.folder, "study"):
-        for arm in s.arms:
-            for seed in s.seeds:
-                _note_state(study, journal.entry(arm, seed))
-        failed = _run_all(study, arms, journal)
+    with holding(study.folder, arms):
+        for task in study.tasks(journal.arms):
+            journal.entry(task)
+        with alone(study.folder, "journal"):
+            journal.take_over(study.folder, arms)
+        for task in study.tasks(arms):
+            _note_state(study, task, journal.entry(task))
+        failed = _run_all(study, arms, journal, partial(_write, study, arms, journal))
     if failed:
-        raise TrainingStopped(f"{len(failed)} of {len(arms) * len(s.seeds)} runs failed: {'; '.join(failed)}")
+        raise TrainingStopped(f"{len(failed)} of {len(study.tasks(arms))} runs failed: {'; '.join(failed)}")
 
 
 def refuse_changed(study: Study, arms: Sequence[str]) -> None:
     """InputError if a run is in use, or has begun under another recipe."""
-    if study.folder.is_dir():
-        claim(study.folder, "study").close()
-    for seed in study.settings.seeds:
-        for arm in arms:
-            place, known = study.place(arm, seed), study.rate(arm)
-            if place.run.is_dir():
-                claim(place.run, f"study.arms.{arm}").close()
-            if known is not None:
-                place.refuse_other(study.recipe(arm, seed, known[0]))
+    refuse_held(study.folder, arms)
+    for task in study.tasks(arms):
+        place, known = study.place(task), study.rate(task.arm)
+        if place.run.is_dir():
+            claim(place.run, f"study.arms.{task.arm}").close()
+        if known is not None:
+            place.refuse_other(study.recipe(task, known[0]))
 
 
-def unfinished(study: Study, arms: Sequence[str]) -> list[tuple[str, int]]:
-    """(arm, seed) of what is left to do."""
-    pairs = [(arm, seed) for seed in study.settings.seeds for arm in arms]
-    return [(arm, seed) for arm, seed in pairs if not study.place(arm, seed).finished(study.recipe(arm, seed, None))]
+def is_finished(study: Study, task: Task) -> bool:
+    """Whether nothing is left to do for `task`."""
+    return study.place(task).finished(study.recipe(task, None))
 
 
-def _note_state(study: Study, entry: Entry) -> None:
+def _write(study: Study, arms: Sequence[str], journal: Journal) -> None:
+    """Write study.json: `arms` as this process knows them, others as theirs do, or as their folders say."""
+    with alone(study.folder, "journal"):
+        others = [arm for arm in journal.arms if arm not in arms]
+        journal.take_over(study.folder, others)
+        for task in study.tasks([arm for arm in others if not is_held(study.folder, arm)]):
+            _note_state(study, task, journal.entry(task))
+        journal.write(study.folder)
+
+
+def _note_state(study: Study, task: Task, entry: Entry) -> None:
     """What the folder says, whatever was noted of a run that was cut off."""
-    place = study.place(entry.arm, entry.seed)
-    if place.finished(study.recipe(entry.arm, entry.seed, None)):
+    if is_finished(study, task):
         entry.state = "finished"
     elif entry.state != "failed":
         entry.state = "waiting"
 
 
-def _run_all(study: Study, arms: Sequence[str], journal: Journal) -> list[str]:
-    """A line for each run that failed."""
+def _run_all(study: Study, arms: Sequence[str], journal: Journal, write: Callable[[], None]) -> list[str]:
+    """A line for each run that failed; `write` puts the journal on the disk."""
     failed: list[str] = []
-    for seed in study.settings.seeds:
-        for arm in arms:
-            entry = journal.entry(arm, seed)
-            if entry.state == "finished":
-                study.say(f"{arm}-seed{seed}: finished before, skipped")
-            elif problem := _run_one(study, entry, journal):
-                study.say(f"{arm}-seed{seed}: failed: {problem}")
-                failed.append(f"{arm}-seed{seed}")
-            journal.write(study.folder)
-            if failed and not study.settings.keep_going:
-                return failed
+    for task in study.tasks(arms):
+        entry = journal.entry(task)
+        if entry.state == "finished":
+            study.say(f"{task.name}: finished before, skipped")
+        elif problem := _run_one(study, task, journal, write):
+            study.say(f"{task.name}: failed: {problem}")
+            failed.append(task.name)
+        write()
+        if failed and not study.settings.keep_going:
+            return failed
     return failed
 
 
-def _run_one(study: Study, entry: Entry, journal: Journal) -> str | None:
+def _run_one(study: Study, task: Task, journal: Journal, write: Callable[[], None]) -> str | None:
     """Run what is left of a run; returns why it failed."""
+    entry = journal.entry(task)
     entry.state, entry.began, entry.problem = "running", entry.began or now(), None
-    journal.write(study.folder)
+    write()
     if (rate := _chosen(study, entry.arm, journal)) is None:
         entry.problem = "no rate of study.learning_rates got to the end of its sweep"
     else:
         entry.learning_rate = rate
-        journal.write(study.folder)
-        place = study.place(entry.arm, entry.seed)
-        entry.problem = _fit(study, place, study.recipe(entry.arm, entry.seed, rate))
+        write()
+        entry.problem = _fit(study, study.place(task), study.recipe(task, rate))
     entry.state, entry.ended = "failed" if entry.problem else "finished", now()
     return entry.problem
 
@@ -188,9 +201,11 @@ def _chosen(study: Study, arm: str, journal: Journal) -> float | None:
             journal.learning_rates[arm] = {"chosen": rate, "how": how}
         return rate
     losses: dict[float, float | None] = {}
+    of_a_seed = [task for task in study.tasks([arm]) if task.seed == study.settings.seeds[0]]
+    task = of_a_seed[len(of_a_seed) // 2]  # of the middle ratio
     for rate in study.settings.learning_rates:
         place = study.sweep_place(arm, rate)
-        recipe = sweep_recipe(study.recipe(arm, study.settings.seeds[0], rate), study.settings, rate)
+        recipe = sweep_recipe(study.recipe(task, rate), study.settings, rate)
         if not place.finished(recipe) and (problem := _fit(study, place, recipe)):
             study.say(f"{place.name}: failed: {problem}")
             losses[rate] = None

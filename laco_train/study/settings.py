@@ -21,8 +21,10 @@ class StudySettings:
     """Arms and what each changes in model, collapse and speed, such as laco: {collapse: {merge_rule: mean}}."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Each arm runs once a seed, which sets the order of the data and every random number."""
+    ratios: list[float] = field(default_factory=list)
+    """Shares of all parameters to remove, to the nearest whole layer, each arm at each; empty: as collapse says."""
     learning_rates: list[float] = field(default_factory=list)
-    """Rates to choose from for each arm that names none itself; empty: model.optimizer.learning_rate for all."""
+    """Rates to choose from for each arm that names none itself, at the middle ratio; empty: that of the optimizer."""
     sweep_share: float = 0.1
     """Share of the budget that each rate of that choice gets; above 0, 1 at most."""
     sweep_fraction: float = 0.02
@@ -54,9 +56,37 @@ def check_study(s: StudySettings, collapse: CollapseSettings, budget: BudgetSett
     check_static("study.learning_rates", len(set(rates)) == len(rates), f"names a rate twice: {rates}")
     check_static("study.sweep_share", 0 < s.sweep_share <= 1, f"must be above 0, 1 at most, is {s.sweep_share}")
     check_static("study.sweep_fraction", 0 < s.sweep_fraction < 1, f"must be above 0, below 1, is {s.sweep_fraction}")
-    targeted = collapse.target_depth is not None or collapse.target_ratio is not None
+    check_targets(s, collapse)
+    if budget.max_tokens == 0:
+        check_untrained(s)
+    else:
+        check_points(s, budget, tokens_a_step)
+
+
+def check_targets(s: StudySettings, collapse: CollapseSettings) -> None:
+    """Refuse a study whose arms have no depth in common, or are told two."""
+    ratios = s.ratios
+    check_static("study.ratios", all(0 < r < 1 for r in ratios), f"must be above 0 and below 1, is {ratios}")
+    check_static("study.ratios", len(set(ratios)) == len(ratios), f"names a ratio twice: {ratios}")
+    named = {"collapse": collapse.target_depth is not None or collapse.target_ratio is not None}
+    named |= {f"study.arms.{arm}.collapse": _names_target(changes) for arm, changes in s.arms.items()}
+    for where, told in named.items():
+        check_static(f"{where}.target_depth", not (told and ratios), "goes not with study.ratios; drop it, or these")
+    targeted = bool(ratios) or named["collapse"]
     check_static("collapse.target_depth", targeted, "is what all arms are collapsed to; give it or target_ratio")
-    check_points(s, budget, tokens_a_step)
+
+
+def _names_target(changes: Any) -> bool:
+    own = (changes or {}).get("collapse") or {}
+    return any(own.get(key) is not None for key in ("target_depth", "target_ratio"))
+
+
+def check_untrained(s: StudySettings) -> None:
+    """Refuse what makes no sense where nothing is trained."""
+    key = "budget.max_tokens"
+    check_static(key, bool(s.ratios), "0 measures collapses alone, which needs study.ratios; add them, or raise it")
+    check_static(key, "scratch" not in s.arms, "0 trains nothing, so study.arms.scratch has nothing to show; drop it")
+    check_static(key, not s.sweeps, "0 trains nothing, so there is no study.learning_rates to choose from; drop them")
 
 
 def check_arms(s: StudySettings) -> None:

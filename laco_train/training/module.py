@@ -26,6 +26,7 @@ from laco_train.training.data import collate
 from laco_train.training.distill import Distillation, distills
 from laco_train.training.fused import PLAIN as PLAIN_KERNELS
 from laco_train.training.fused import Kernels, Loss, choose
+from laco_train.training.interval import logs_after
 from laco_train.training.last_layers import train_last_layers
 from laco_train.training.layers import arrange_layers
 from laco_train.training.loss import Batch, base_of, causal_lm_loss, target_tokens
@@ -187,8 +188,13 @@ class CausalLM(LightningModule):
         if self._distillation is not None:
             return self._distilled(self._distillation, batch)
         loss = self.loss(self.lm, batch)
-        self.log("train/loss", loss)  # prog_bar=True would read it off the device at every step
+        self._log_at_interval(**{"train/loss": loss})
         return loss
+
+    def _log_at_interval(self, **values: Tensor) -> None:
+        # Lightning handles every value at every step; prog_bar=True would read it off the device too
+        if logs_after(self.trainer, self.trainer.global_step + 1):
+            self.log_dict(values)  # type: ignore[arg-type]
 
     def _training_loss(self, batch: Batch) -> Tensor:
         if self._distillation is not None:
@@ -197,10 +203,14 @@ class CausalLM(LightningModule):
 
     def _distilled(self, distillation: Distillation, batch: Batch) -> Tensor:
         loss = distillation(self.lm, batch)
-        self.log("train/loss", loss.total)
-        self.log("train/next_token_loss", loss.next_token)
-        self.log("train/distill_logits", loss.logits)
-        self.log("train/distill_hidden", loss.hidden)
+        self._log_at_interval(
+            **{
+                "train/loss": loss.total,
+                "train/next_token_loss": loss.next_token,
+                "train/distill_logits": loss.logits,
+                "train/distill_hidden": loss.hidden,
+            }
+        )
         return loss.total
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -236,7 +246,7 @@ class CausalLM(LightningModule):
         if gradient_clip_val and gradient_clip_algorithm not in (None, "norm"):
             raise InputError("trainer.gradient_clip_algorithm", "must be norm, to which gradients are clipped here")
         norm = guard_step(optimizer, gradient_clip_val, self.skipped)
-        self.log("train/gradient_norm", norm)
+        self._log_at_interval(**{"train/gradient_norm": norm})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Free the gradients after the step: Lightning would hold them through the next forward pass."""

@@ -51,6 +51,7 @@ def run_of(*segments: Segment, seed: int = 0, name: str = "arm") -> Run:
         segments=segments,
         original=None,
         validation_sha256=None,
+        train_sha256=None,
         learning_rate=None,
         training_speed=None,
         export=None,

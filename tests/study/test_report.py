@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from laco_train.errors import InputError
 from laco_train.study.curves import arms_of, read_runs
 from laco_train.study.figures import decades, spaced
-from laco_train.study.findings import data_warning
 from laco_train.study.report import Comparison, compare, report_findings, report_tables, write_comparison, write_report
 from laco_train.study.speed import Speed, measure_speeds
 from laco_train.study.tables import count, percent
+from laco_train.study.unlike import validation_warning
 from tests.study.fake_runs import BUDGET, losses, summary, write_run, write_study
 
 
@@ -217,16 +217,16 @@ def test_unlike_validation_data(tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", summary([(0, 6.0), (300, 3.0)], strategy="sleb", sha="b" * 64))
     unknown = write_run(tmp_path / "unknown", summary([(0, 6.0), (300, 3.0)], strategy="tail", sha=None))
     read = {folder: read_runs(folder) for folder in (one, other, unknown)}
-    problem = data_warning([*read[one], *read[other]])
+    problem = validation_warning([*read[one], *read[other]])
     assert problem is not None and problem.endswith("/one | " + f"{tmp_path.name}/other.")
-    assert data_warning([*read[one], *read[unknown]]) is None
+    assert validation_warning([*read[one], *read[unknown]]) is None
     assert any(
         "Not known to be validated on the same data as the rest: tail" in n for n in compared(one, unknown).notes
     )
     values = json.loads((unknown / "summary.json").read_text())
     values["losses"]["original"] = 3.6
     (unknown / "summary.json").write_text(json.dumps(values))
-    disagree = data_warning([*read[one], *read_runs(unknown)])
+    disagree = validation_warning([*read[one], *read_runs(unknown)])
     assert disagree is not None and "3.538 to 3.600" in disagree
 
 

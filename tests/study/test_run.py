@@ -1,10 +1,12 @@
 """Studies from start to end: three arms, two seeds; cut off, gone on with, failed in part, refused."""
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from safetensors.torch import load_file
 
 from benchmarks.soak import content, curves
 from laco_train.errors import TrainingStopped
+from laco_train.study.curves import read_runs
 from laco_train.study.journal import STUDY_FILE
-from laco_train.study.outcome import warnings
+from laco_train.study.outcome import print_outcome
+from laco_train.study.unlike import unlike
 from tests.cli.runs import Project, environment
 from tests.cli.test_help import PROBE
 from tests.cli.test_resume_auto import Stopped, at
@@ -51,7 +55,7 @@ def test_every_arm_runs_with_every_seed_under_one_budget(whole: Outcome) -> None
 def test_arms_see_the_same_blocks_in_an_order_of_the_seed(whole: Outcome) -> None:
     sums = {summary(whole, name)["data"][role]["sha256"] for name in NAMES for role in ("validation",)}
     assert len(sums) == 1
-    assert warnings(whole.study) == []
+    assert unlike([run for name in NAMES for run in read_runs(whole.run(name))]) == []
     configs = {name: yaml.safe_load((whole.run(name) / "config.yaml").read_text()) for name in NAMES}
     for arm in ARMS:
         seeds = [(configs[f"{arm}-seed{seed}"]["seed_everything"], configs[f"{arm}-seed{seed}"]["data"]["seed"])
@@ -211,24 +215,95 @@ def test_disk_is_checked_before_the_start(project: Project, monkeypatch: pytest.
     assert "GiB of disk are needed" in refused(project)
 
 
-@pytest.mark.parametrize("held", ["s", "s/laco-seed0/version_0"])
-def test_study_in_use_is_refused(project: Project, held: str) -> None:
-    write_recipe(project)
-    folder = project.root / "lightning_logs" / held
-    folder.mkdir(parents=True)
-    (folder / ".in_use").touch()
-    (project.root / "lightning_logs" / "s" / ".in_use").touch()
-    script = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
-    command = [sys.executable, "-c", script, str(folder / ".in_use")]
+HOLD = {
+    "flock": "import sys, filelock; f = filelock.FileLock(sys.argv[1]); f.acquire(); print(flush=True); input()",
+    "lockf": "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()",
+}
+
+
+@contextlib.contextmanager
+def held_elsewhere(path: Path, how: str) -> Iterator[None]:
+    """Another process holds the lock `path` meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-c", HOLD[how], str(path)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     holder.stdout.readline()
     try:
-        result = project("study", "--recipe", "s.yaml")
-        assert result.code == 2
-        assert "another process is writing" in result.err.splitlines()[-1]
+        yield
     finally:
         holder.communicate("\n")
+
+
+@pytest.mark.parametrize(("held", "how"), [("s/.laco.lock", "flock"), ("s/laco-seed0/version_0/.in_use", "lockf")])
+def test_arm_in_use_is_refused(project: Project, held: str, how: str) -> None:
+    write_recipe(project)
+    with held_elsewhere(project.root / "lightning_logs" / held, how):
+        result = project("study", "--recipe", "s.yaml")
+    assert result.code == 2
+    assert "another process is writing" in result.err.splitlines()[-1]
+
+
+def test_two_processes_run_arms_of_one_study(project: Project, whole: Outcome) -> None:
+    """Both write study.json and the report; neither loses what the other wrote."""
+    write_recipe(project, {"study": {"seeds": [0]}})
+    commands = [[sys.executable, "-m", "laco_train", "study", "--recipe", "s.yaml", "--arms", a] for a in ARMS[1:]]
+    both = [
+        subprocess.Popen(
+            command, cwd=project.root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for command in commands
+    ]
+    told = [one.communicate()[0] for one in both]
+    assert [one.returncode for one in both] == [0, 0], told
+    folder = project.root / "lightning_logs" / "s"
+    journal = json.loads((folder / STUDY_FILE).read_text())
+    assert {(run["arm"], run["state"], run["learning_rate"]) for run in journal["runs"]} == {
+        ("original", "waiting", None), ("laco", "finished", 0.01), ("scratch", "finished", 0.01)
+    }  # fmt: skip
+    assert sorted(journal["learning_rates"]) == ["laco", "scratch"]
+    assert all(run["ended"] >= run["began"] for run in journal["runs"] if run["state"] == "finished")
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert sorted(arm["name"] for arm in report["arms"]) == ["laco", "scratch"]
+    assert all(arm["speed"] for arm in report["arms"])
+    for arm in ARMS[1:]:
+        same_run(whole.run(f"{arm}-seed0"), folder / f"{arm}-seed0" / "version_0")
+
+
+def test_what_another_process_notes_is_kept_and_what_it_left_behind_is_not(project: Project) -> None:
+    write_recipe(project, {"study": {"seeds": [0]}})
+    folder = project.root / "lightning_logs" / "s"
+
+    def fit(arguments: list[str], log: Path) -> int:
+        values = json.loads((folder / STUDY_FILE).read_text())
+        for run in values["runs"]:  # meanwhile, elsewhere
+            if run["arm"] != "laco":
+                run |= {"state": "running", "began": "2026-01-01T00:00:00+00:00"}
+        values["learning_rates"]["scratch"] = {"chosen": 0.5, "how": "arm"}
+        (folder / STUDY_FILE).write_text(json.dumps(values))
+        return fit_here(arguments, log)
+
+    with held_elsewhere(folder / ".scratch.lock", "flock"):
+        study_of(project, "--arms", "laco", fit=fit)
+        values = json.loads((folder / STUDY_FILE).read_text())
+    noted = {run["arm"]: run for run in values["runs"]}
+    assert {arm: run["state"] for arm, run in noted.items()} == {
+        "laco": "finished",
+        "scratch": "running",
+        "original": "waiting",  # nobody holds it: its process was killed
+    }
+    assert noted["scratch"]["began"] == "2026-01-01T00:00:00+00:00"
+    assert values["learning_rates"]["scratch"] == {"chosen": 0.5, "how": "arm"}
+
+
+def test_speed_is_not_measured_beside_another_arm(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    write_recipe(project, {"study": {"seeds": [0]}})
+    outcome = study_of(project, "--arms", "laco")
+    with held_elsewhere(outcome.study.folder / ".scratch.lock", "flock"):
+        print_outcome(outcome.study)
+    assert "Inference is not measured: other processes run scratch; the last to end" in capsys.readouterr().out
+    report = outcome.study.folder / "report" / "report.json"
+    assert [arm["speed"] for arm in json.loads(report.read_text())["arms"]] == [None]
 
 
 def test_program_runs_each_arm_in_a_process_of_its_own(project: Project, whole: Outcome) -> None:

@@ -1,4 +1,4 @@
-"""When a callback may look at values on the device: at Lightning's logging interval, where Lightning looks too."""
+"""When one may look at values on the device: at Lightning's logging interval, where Lightning looks too."""
 
 from lightning.pytorch import Trainer
 

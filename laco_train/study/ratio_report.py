@@ -1,0 +1,67 @@
+"""The report of a study over pruning ratios: page, Markdown, pictures, a table and every measure."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from laco_train.study.curves import Run
+from laco_train.study.page import Report, write_pages
+from laco_train.study.pictures import draw
+from laco_train.study.ratio_figures import ratio_pictures
+from laco_train.study.ratio_tables import levels_of, ratio_findings, ratio_tables, ratios_csv
+from laco_train.study.ratios import OverRatios, over_ratios, perplexity
+from laco_train.study.tables import count
+from laco_train.study.unlike import depth_warning
+
+_FILES = "ratios.csv has every arm at every ratio, report.json the same and what is said here."
+
+
+def write_ratio_report(runs: Sequence[Run], title: str, warnings: Sequence[str], output: Path) -> Path:
+    """Write the report of `runs` to `output`, the page last, and return the path of the page.
+
+    Args:
+        runs: finished; those with a ratio, and the original.
+        title: of the report.
+        warnings: come before the notes found here.
+        output: folder; made if it is not there.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    found, notes = over_ratios(runs), [*warnings, *depth_warning(runs)]
+    (output / "ratios.csv").write_text(ratios_csv(found), encoding="utf-8")
+    (output / "report.json").write_text(json.dumps(as_json(found, notes), indent=1) + "\n", encoding="utf-8")
+    shown = draw(ratio_pictures(found), output)
+    captions = {name: _caption(name) for name in shown}
+    content = _about(found), ratio_findings(found), notes, ratio_tables(found), "Over ratios", shown, captions, _FILES
+    return write_pages(Report(title, *content), output)
+
+
+def _caption(name: str) -> str:
+    what, _, when = name.partition("_")
+    scale = ", on a logarithmic scale." if what == "perplexity" else ": the lower part; ↑: ends above it."
+    training = "right after the collapse" if when == "before" else "after training"
+    return f"{what.capitalize()} {training}{scale} Beside the names: the values at the largest ratio."
+
+
+def _about(found: OverRatios) -> str:
+    trained = f"before and after training on {count(found.tokens)} tokens" if found.tokens else "without training"
+    return f"{len(found.lines)} arms at {len(found.ratios)} pruning ratios, {trained}."
+
+
+def as_json(found: OverRatios, notes: Sequence[str]) -> dict[str, Any]:
+    """Every measure, in plain types; values are of the loss in nats per token, over seeds."""
+    levels = []
+    for name, level in levels_of(found):
+        values = {
+            key: value and {**asdict(value), "perplexity": perplexity(value.mean)}
+            for key, value in level.values.items()
+        }
+        levels.append({"arm": name, **asdict(level), "values": values})
+    return {
+        "tokens": found.tokens,
+        "ratios": list(found.ratios),
+        "findings": ratio_findings(found),
+        "notes": list(notes),
+        "levels": levels,
+    }

@@ -1,0 +1,143 @@
+"""Measures of each arm over the share of the parameters that is removed."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from laco_train.study.curves import Run
+from laco_train.study.measures import Spread, spread
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is measured of a run; all that is shown of it, in tables, figures and files, comes from here.
+
+    Attributes:
+        key: its name in files.
+        title: in words, after "Loss" or "Perplexity".
+        of: its value of a run, nats per token; None: it has none.
+    """
+
+    key: str
+    title: str
+    of: Callable[[Run], float | None]
+
+
+def _before(run: Run) -> float:
+    return run.points[0].loss
+
+
+def _after(run: Run) -> float | None:
+    return run.points[-1].loss if run.points[-1].tokens else None
+
+
+QUANTITIES = (Quantity("before", "before training", _before), Quantity("after", "after training", _after))
+
+
+@dataclass(frozen=True)
+class Level:
+    """Runs of an arm at one ratio.
+
+    Attributes:
+        ratio: that the study asked for; 0 for the original.
+        removed: share of all parameters that is gone.
+        depth: layers that are left.
+        parameters: that are left.
+        values: by key of a quantity, over seeds; None where a seed has none.
+    """
+
+    ratio: float
+    removed: float
+    depth: int
+    parameters: int
+    values: dict[str, Spread | None]
+
+
+@dataclass(frozen=True)
+class Line:
+    """An arm over ratios, the smallest first."""
+
+    name: str
+    levels: tuple[Level, ...]
+
+    def at(self, ratio: float, key: str) -> Spread | None:
+        """A quantity at a ratio; None if it is not known there."""
+        return next((level.values[key] for level in self.levels if level.ratio == ratio), None)
+
+
+@dataclass(frozen=True)
+class OverRatios:
+    """What a study over ratios found.
+
+    Attributes:
+        ratios: that have a run, the smallest first.
+        lines: arms that were collapsed, and scratch, in the order given.
+        original: the model with all its layers; None if it was neither run nor measured.
+        tokens: that each run trained on; 0 for none.
+    """
+
+    ratios: tuple[float, ...]
+    lines: tuple[Line, ...]
+    original: Level | None
+    tokens: int
+
+    @property
+    def quantities(self) -> list[Quantity]:
+        """Those that some arm has."""
+        return [q for q in QUANTITIES if any(level.values[q.key] for line in self.lines for level in line.levels)]
+
+    def depths(self, ratio: float) -> list[int]:
+        """Layers left at `ratio`, each number once."""
+        return sorted({level.depth for line in self.lines for level in line.levels if level.ratio == ratio})
+
+    def ranked(self, ratio: float, key: str) -> list[tuple[str, float]]:
+        """(arm, mean) of a quantity at a ratio, the lowest first."""
+        found = [(line.name, value.mean) for line in self.lines if (value := line.at(ratio, key)) is not None]
+        return sorted(found, key=lambda pair: pair[1])
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where no float holds it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def over_ratios(runs: Sequence[Run]) -> OverRatios:
+    """Measures of finished runs.
+
+    Args:
+        runs: those with a ratio, and the original where it was run; others are left out.
+    """
+    collapsed = [run for run in runs if run.ratio is not None]
+    names = dict.fromkeys(run.line for run in collapsed)
+    ratios = sorted({run.ratio for run in collapsed if run.ratio is not None})
+    lines = []
+    for name in names:
+        at = {ratio: [run for run in collapsed if (run.line, run.ratio) == (name, ratio)] for ratio in ratios}
+        lines.append(Line(name, tuple(_level(ratio, those) for ratio, those in at.items() if those)))
+    tokens = min((run.points[-1].tokens for run in collapsed), default=0)
+    return OverRatios(tuple(ratios), tuple(lines), _original(runs), tokens)
+
+
+def _level(ratio: float, runs: Sequence[Run]) -> Level:
+    first = runs[0]
+    return Level(
+        ratio=ratio,
+        removed=1 - first.parameters / (first.source_parameters or first.parameters),
+        depth=first.depth,
+        parameters=first.parameters,
+        values={q.key: _over_seeds([q.of(run) for run in runs]) for q in QUANTITIES},
+    )
+
+
+def _over_seeds(values: Sequence[float | None]) -> Spread | None:
+    known = [value for value in values if value is not None]
+    return spread(known) if len(known) == len(values) else None
+
+
+def _original(runs: Sequence[Run]) -> Level | None:
+    if own := [run for run in runs if run.strategy == "none"]:
+        return _level(0.0, own)
+    if measured := [run for run in runs if run.original is not None]:
+        values = {**dict.fromkeys((q.key for q in QUANTITIES), None), "before": spread([measured[0].original or 0.0])}
+        return Level(0.0, 0.0, measured[0].source_depth, measured[0].source_parameters or 0, values)
+    return None
