@@ -100,16 +100,19 @@ def train_table() -> str:
     ]
     found = results("train")
     sources = dict.fromkeys(f"- {source_line(row)}" for row in found["rows"])
-    for row in (row for row in found["rows"] if "speedup" in row):
-        small = row["precision"] == "32-true"
-        shares = ("", "") if small else tuple(f"{row[key]:.3f}" for key in ("plain_matmul_share", "matmul_share"))
+    for row in found["rows"]:
+        beside = "speedup" in row and row["precision"] != "32-true"  # speed is not what the float32 case is for
+        speeds, shares = ["", f"{row['tokens_per_second']:,.0f}", ""], ["", f"{row['matmul_share']:.3f}"]
+        if beside:
+            speeds[0], speeds[2] = f"{row['plain_tokens_per_second']:,.0f}", f"{row['speedup']:.2f}"
+            shares[0] = f"{row['plain_matmul_share']:.3f}"
+        elif "speedup" in row:
+            speeds, shares = ["", "", ""], ["", ""]
         apart = [row["plain_loss_difference"], row["loss_difference"]]
         cells = ["" if value is None else f"{value:.1e}" if value < 1e-3 else f"{value:.2f}" for value in apart]
-        speeds = (f"{row['plain_tokens_per_second']:,.0f}", f"{row['tokens_per_second']:,.0f}", f"{row['speedup']:.2f}")
-        lines.append(
-            f"| {row['case']} | {row['tokens_per_step']:,} | {' | '.join(('', '', '') if small else speeds)} "
-            f"| {shares[0]} | {shares[1]} | {row['peak_gib']:.1f} GiB | {' | '.join(cells)} |"
-        )
+        peak = f"{row['peak_gib']:.1f} GiB" + (f" of {row['limit_gib']:.0f}" if row.get("limit_gib") else "")
+        first = [row["case"], f"{row['tokens_per_step']:,}"]
+        lines.append(f"| {' | '.join([*first, *speeds, *shares, peak, *cells])} |")
     return "\n".join([*lines, "", *sources])
 
 

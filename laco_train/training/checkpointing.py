@@ -10,13 +10,13 @@ from laco_train.training.loss import base_of
 
 # What the allocator loses to fragments, and what kernels ask for beside it.
 _USABLE = 0.94
-_RETRIES = 3
 
 
 def fewest_layers(depth: int, peak_of: Callable[[int], int], usable: int) -> int:
-    """How many layers must recompute so that a step's peak stays within `usable` bytes.
+    """How many layers must recompute so that a step's peak stays within `usable` bytes, by halving.
 
-    The peak is close to a straight line in that number, so that two measurements tell, and a third confirms.
+    The peak falls with that number, but in no straight line: while few layers keep their activations it may lie
+    elsewhere, as in the loss.
 
     Args:
         depth: number of layers.
@@ -25,25 +25,26 @@ def fewest_layers(depth: int, peak_of: Callable[[int], int], usable: int) -> int
     Raises:
         torch.OutOfMemoryError: even with all of them.
     """
-    least = peak_of(depth)
-    kept = min(2, depth)
-    saving = max((_peak_or(peak_of, depth - kept, usable) - least) / kept, 1.0)
-    layers = max(depth - int(max(usable - least, 0) / saving), 0)
-    for _ in range(_RETRIES):
-        if layers >= depth or _peak_or(peak_of, layers, usable + 1) <= usable:
-            break
-        layers = min(layers + max(depth // 10, 1), depth)
-    else:
-        layers = depth
-    return layers
+    if _fits(0, peak_of, usable):
+        return 0
+    too_few, enough = 0, depth
+    if peak_of(depth) > usable:
+        return depth
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if _fits(middle, peak_of, usable):
+            enough = middle
+        else:
+            too_few = middle
+    return enough
 
 
-def _peak_or(peak_of: Callable[[int], int], layers: int, otherwise: int) -> int:
+def _fits(layers: int, peak_of: Callable[[int], int], usable: int) -> bool:
     try:
-        return peak_of(layers)
+        return peak_of(layers) <= usable
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return otherwise
+        return False
 
 
 def usable_bytes(device: torch.device) -> int:
