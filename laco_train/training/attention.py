@@ -122,11 +122,14 @@ def document_masks(position_ids: Tensor, window: int | None) -> dict[str, BlockM
 
 def _block_mask(near: Tensor, inside: Tensor, mask: Callable[..., Tensor], tokens: int) -> BlockMask:
     """A mask of which tiles `near` may hold something, and tiles `inside` hold all; both (B, tiles, tiles)."""
-    lists = []
-    for kept in (near & ~inside, inside):
-        kept = kept[:, None]
-        lists += [kept.sum(-1, dtype=torch.int32), kept.byte().argsort(dim=-1, descending=True, stable=True).int()]
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=_TILE, mask_mod=mask, seq_lengths=(tokens, tokens))
+    part, full = _lists(near & ~inside), _lists(inside)
+    return BlockMask.from_kv_blocks(*part, *full, BLOCK_SIZE=_TILE, mask_mod=mask, seq_lengths=(tokens, tokens))
+
+
+def _lists(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """For each tile of queries how many tiles of keys are `kept`, and which, those first; one head for all."""
+    kept = kept[:, None]
+    return kept.sum(-1, dtype=torch.int32), kept.byte().argsort(dim=-1, descending=True, stable=True).int()
 
 
 def attends_by_documents(model: nn.Module) -> bool:

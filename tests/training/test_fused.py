@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -86,6 +86,25 @@ def test_masks_let_a_token_see_its_own_document(lengths: list[list[int]], window
                 first = q - int(positions[block, q])
                 first = first if name == "documents" else max(first, q - window + 1)
                 assert seen[block, q].nonzero().flatten().tolist() == list(range(first, q + 1))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=6), st.integers(1, 500))
+def test_tiles_of_masks_are_those_of_the_whole_mask(lengths: list[int], window: int) -> None:
+    positions = batch_of(lengths, [sum(lengths)])["position_ids"]
+    size = positions.shape[1]
+    for mask in document_masks(positions, window).values():
+        whole = create_block_mask(mask.mask_mod, 2, None, size, size, device="cpu")
+        assert mask.seq_lengths == whole.seq_lengths
+        for kind in ("kv", "full_kv", "q", "full_q"):
+            assert torch.equal(_tiles(mask, kind), _tiles(whole, kind))
+
+
+def _tiles(mask: BlockMask, kind: str) -> Tensor:
+    """Which tiles are listed, as a boolean tensor."""
+    count, indices = getattr(mask, f"{kind}_num_blocks"), getattr(mask, f"{kind}_indices").long()
+    listed = torch.arange(indices.shape[-1]) < count[..., None]
+    return torch.zeros(indices.shape, dtype=torch.bool).scatter(-1, indices, listed)
 
 
 @pytest.fixture
@@ -301,3 +320,28 @@ def test_memory_that_runs_out_in_the_trial_is_no_reason_to_fall_back() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         fused._same(make("llama"), BATCH, torch.zeros(()), loss, attention=False, reasons=[])
+
+
+class _FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        raise OSError("out of resource: shared memory")
+
+
+def test_kernel_that_fails_in_the_backward_pass_is_left_out() -> None:
+    model = make("llama")
+    expected = causal_lm_loss(model, BATCH).detach()
+    reasons: list[str] = []
+
+    def fails(model: nn.Module, batch: Batch) -> Tensor:
+        return _FailsBackward.apply(causal_lm_loss(model, batch))
+
+    with torch.no_grad():
+        assert not fused._same(model, BATCH, expected, fails, attention=False, reasons=reasons)
+        assert reasons == ["loss: out of resource: shared memory"]
+        assert fused._same(model, BATCH, expected, causal_lm_loss, attention=False, reasons=reasons)
+    assert all(p.grad is None for p in model.parameters())
