@@ -1,6 +1,7 @@
 # make demo    collapse and train SmolLM2-135M on the CPU, in an environment of its own
 # make test    all tests, in the same environment
 # make check   ruff, ruff format, mypy
+# make prove-gguf   GGUF of SmolLM2 in f16 and q8_0, proven in llama.cpp; builds llama-cpp-python, some 12 minutes
 # make soak    a hundred fits killed at random moments and resumed; benchmarks/results/soak.json
 #
 # PYTHON=...        the Python to build .venv with (3.11 or 3.12); found by itself unless given
@@ -9,7 +10,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak venv weights clean
+.PHONY: help demo test check soak prove-gguf venv weights clean
 
 # A name on PATH may be a stub that fails (pyenv), and a distribution's Python may lack venv: try each.
 SUITS := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -60,6 +61,23 @@ check: $(READY)
 soak: $(READY)
 	@echo "== soak: a hundred kills, each resumed, compared with unbroken runs"
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m benchmarks.soak
+
+# The sdist holds llama.cpp, whose converter writes the file; the compiled package reads it.
+LLAMA := $(VENV)/llama_cpp_python-0.3.36
+
+$(LLAMA):
+	@echo "== llama.cpp: its sources, and llama-cpp-python compiled from them"
+	$(PIP) install 'sentencepiece>=0.2' diskcache
+	$(PIP) install --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	$(PIP) download --no-deps --no-binary llama-cpp-python --dest $(VENV)/sdist llama-cpp-python==0.3.36
+	tar -xzf $(VENV)/sdist/llama_cpp_python-0.3.36.tar.gz -C $(VENV)
+
+prove-gguf: $(WEIGHTS) $(LLAMA)
+	@echo "== GGUF: SmolLM2 collapsed to 22 layers, as f16 and q8_0, each proven in llama.cpp"
+	rm -rf build/prove-gguf
+	$(RUN) -m laco_train collapse --recipe smollm2_135m_collapse_cpu.yaml --output build/prove-gguf/hf
+	for type in f16 q8_0; do $(RUN) -m laco_train export --checkpoint build/prove-gguf/hf --format gguf \
+		--gguf-type $$type --llama-cpp $(LLAMA) --output build/prove-gguf/$$type || exit; done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 Imported by the command line before torch is, so this file must stay free of heavy imports.
 """
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -203,6 +204,8 @@ class ExportSettings:
     """Write and prove the folder at the end of fit."""
     dtype: Dtype = "auto"
     """Type of the exported weights; auto: that of the trained weights."""
+    shard_size: str = "5GB"
+    """Largest size of one weights file: a number with KB, MB or GB; the weights of a larger model are split."""
     keep_rounds: bool = True
     """Keep what each round exported for the next; false: remove it once the next round has its own export."""
 
@@ -259,6 +262,12 @@ def check_distill(s: DistillSettings) -> None:
     unused = "is set, but model.distill.logits and hidden are both 0; raise one"
     check_static("model.distill.teacher", used or s.teacher is None, unused)
     check_static("model.distill.precomputed", used or not s.precomputed, unused)
+
+
+def check_export(s: ExportSettings) -> None:
+    """Refuse a size that Transformers does not read."""
+    key, known = "export.shard_size", re.fullmatch(r"[1-9]\d*(KB|MB|GB)", s.shard_size)
+    check_static(key, known is not None, f"must be a number with KB, MB or GB, such as 5GB, is {s.shard_size}")
 
 
 def check_budget(s: BudgetSettings) -> None:

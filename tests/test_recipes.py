@@ -22,7 +22,7 @@ def by_name(path: Path) -> str:
 
 
 def verb_of(path: Path) -> str:
-    return "study" if path.stem.endswith("_study") else "fit"
+    return "study" if path.stem.endswith(("_study", "_ratios")) else "fit"
 
 
 def parsed(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

@@ -18,9 +18,11 @@ verbs:
   validate  validation loss:               validate --recipe RECIPE [--ckpt_path FILE]
   collapse  search and write, no training: collapse --recipe RECIPE --output DIR
   analyze   compare layers, sweep:         analyze --recipe RECIPE --output DIR [--sweep true]
-  export    a model from a checkpoint:     export --checkpoint FILE --output DIR
+  export    a model from a checkpoint:     export --checkpoint FILE --output DIR [--format hf]
+  verify    an export against its sums:    verify DIR
   study     arms under one budget:         study --recipe RECIPE [--arms laco,sleb]
   compare   runs that exist:               compare RUN_OR_EXPORT ... [--output DIR] [--reference NAME]
+  evaluate  tasks, perplexity, samples:    evaluate --model DIR --tasks T1,T2 [--baseline DIR]
 
 RECIPE is a path, a name under ./recipes, or the name of a recipe that the package ships.
 `VERB --help` explains every key; `VERB --recipe RECIPE --print_config` prints a recipe with its comments."""
@@ -61,8 +63,10 @@ def _verbs() -> dict[str, Callable[[list[str]], None]]:
         "collapse": _collapse,
         "analyze": _analyze,
         "export": _export,
+        "verify": _verify,
         "study": _study,
         "compare": _compare,
+        "evaluate": _evaluate,
     }
 
 
@@ -96,6 +100,12 @@ def _export(args: list[str]) -> None:
     run(args)
 
 
+def _verify(args: list[str]) -> None:
+    from laco_train.cli.verify import run
+
+    run(args)
+
+
 def _study(args: list[str]) -> None:
     from laco_train.cli.study import run
 
@@ -104,5 +114,11 @@ def _study(args: list[str]) -> None:
 
 def _compare(args: list[str]) -> None:
     from laco_train.cli.compare import run
+
+    run(args)
+
+
+def _evaluate(args: list[str]) -> None:
+    from laco_train.cli.evaluate import run
 
     run(args)

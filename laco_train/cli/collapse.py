@@ -3,7 +3,14 @@
 from pathlib import Path
 
 from laco_train.cli.parsing import VerbParser, resolve_arguments, verb_parser
-from laco_train.settings import CollapseSettings, ExportSettings, ModelSettings, check_collapse, check_model
+from laco_train.settings import (
+    CollapseSettings,
+    ExportSettings,
+    ModelSettings,
+    check_collapse,
+    check_export,
+    check_model,
+)
 
 
 def parser() -> VerbParser:
@@ -23,6 +30,7 @@ def run(args: list[str]) -> None:
     collapse_settings: CollapseSettings = ready.collapse
     check_model(model_settings)
     check_collapse(collapse_settings)
+    check_export(ready.export)
 
     from laco_train.export import refuse_nonempty
 
@@ -55,4 +63,5 @@ def run(args: list[str]) -> None:
         base_model=s.source, recipe=recipe or "", method=s.method, data={}, losses={}, tokens=0, steps=0, licence=None
     )
     export_dtype = dtype if ready.export.dtype == "auto" else named_dtype(ready.export.dtype)
-    export_folder(model, tokenizer, output, dtype=export_dtype, plan=plan, card=card)
+    size = ready.export.shard_size
+    export_folder(model, tokenizer, output, dtype=export_dtype, plan=plan, card=card, shard_size=size)

@@ -1,51 +1,160 @@
-"""`export --checkpoint CKPT --output DIR`: a Hugging Face folder from a training checkpoint."""
+"""`export --checkpoint PATH --output DIR [--format F]`: a proven model folder from whatever holds a trained model."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from laco_train.cli.parsing import VerbParser
-from laco_train.settings import Dtype
+from laco_train.errors import InputError
+from laco_train.settings import Dtype, ExportSettings, check_export
+
+if TYPE_CHECKING:
+    from laco_train.export.converted import Format
 
 
 def parser() -> VerbParser:
     """The verb's parser."""
     p = VerbParser(
         prog="laco_train export",
-        description="Write a training checkpoint as a proven Hugging Face folder.",
+        description="Write a trained model as a folder that is proven by loading it, for Transformers or another "
+        "runtime.",
         print_config=None,
     )
-    p.add_argument("--checkpoint", type=str, required=True, help="A .ckpt file that fit wrote.")
+    what = "A .ckpt that fit wrote, in one file or in shards, the folder of a run or of a study's arm, or an export."
+    p.add_argument("--checkpoint", type=str, required=True, help=what)
     p.add_argument("--output", type=str, required=True, help="Folder to write; must not exist or be empty.")
-    p.add_argument("--dtype", type=Dtype, default="auto", help="Type of the weights; auto: that of the checkpoint.")
+    formats = "hf: Transformers; ctranslate2 and onnx: in float32; gguf: for llama.cpp. Each has an extra to install."
+    p.add_argument("--format", type=Literal["hf", "ctranslate2", "onnx", "gguf"], default="hf", help=formats)
+    dtype = "Type of the weights of hf; auto: that of the checkpoint."
+    p.add_argument("--dtype", type=Dtype, default="auto", help=dtype)
+    size = "Largest size of one weights file of hf: a number with KB, MB or GB."
+    p.add_argument("--shard-size", type=str, default=ExportSettings.shard_size, help=size)
+    adapter = "LoRA: merge it, or keep it as a peft adapter in the folder adapter of an hf export."
+    p.add_argument("--adapter", type=Literal["merge", "keep"], default="merge", help=adapter)
+    p.add_argument("--gguf-type", type=Literal["f16", "q8_0"], default="f16", help="Type of the matrices of gguf.")
+    where = "Folder of llama.cpp's repository, or of the unpacked sdist of llama-cpp-python; gguf needs its converter."
+    p.add_argument("--llama-cpp", type=str | None, default=None, help=where)
+    unproven = "Write gguf without llama-cpp-python to prove it; it is then read back by Transformers only."
+    p.add_argument("--unproven", action="store_true", help=unproven)
+    push = "Upload the folder to this repository of the Hugging Face Hub, private if it is new; null: no upload."
+    p.add_argument("--push-to-hub", type=str | None, default=None, help=push)
+    p.add_argument("--dry-run", action="store_true", help="With --push-to-hub: show what would be sent instead.")
     return p
 
 
 def run(args: list[str]) -> None:
-    """Read the checkpoint, make its model, write and prove the folder."""
+    """Read the source, write and prove the folder, and upload it where that is asked for."""
     config = parser().parse_args(args)
+    _check(config)
 
-    from laco_train.export import export_folder, refuse_nonempty
+    from laco_train.export.whole import refuse_nonempty
 
     output = Path(config.output)
     refuse_nonempty(output, "--output")
 
-    from laco_train.collapse.composition import from_the_first_model
-    from laco_train.export import CardFacts
-    from laco_train.precision import named_dtype
-    from laco_train.training.checkpoint import read_checkpoint, restore
+    from laco_train.export.hub import check_push, planned_push, push
 
-    print(f"Reading {config.checkpoint}", flush=True)
-    checkpoint = read_checkpoint(Path(config.checkpoint))
-    model, tokenizer = restore(checkpoint)
-    dtype = checkpoint.dtype if config.dtype == "auto" else named_dtype(config.dtype)
-    plan = from_the_first_model(checkpoint.plan, checkpoint.model.source)
-    card = CardFacts(
-        base_model=plan.source if plan.rounds else checkpoint.model.source,
-        recipe=checkpoint.recipe,
-        method=checkpoint.model.method,
-        data=checkpoint.data,
-        losses=checkpoint.losses,
-        tokens=checkpoint.tokens,
-        steps=checkpoint.steps,
-        licence=None,
+    if config.push_to_hub is not None:
+        check_push(config.push_to_hub, dry_run=config.dry_run)
+    form = _format(config)
+    _export(config, output, form)
+    if config.push_to_hub is None:
+        return
+    if config.dry_run:
+        print("\n".join(planned_push(output, config.push_to_hub)), flush=True)
+    else:
+        print(f"Uploaded to {push(output, config.push_to_hub)}", flush=True)
+
+
+def _check(config: Any) -> None:
+    """Refuse options that contradict each other."""
+    check_export(ExportSettings(shard_size=config.shard_size))
+    if config.format != "hf":
+        given = "goes with --format hf only; drop it"
+        for option, default in (("dtype", "auto"), ("adapter", "merge")):
+            if getattr(config, option) != default:
+                raise InputError(f"--{option}", given)
+    if config.format != "gguf" and config.unproven:
+        raise InputError("--unproven", "goes with --format gguf only, as every other format is proven; drop it")
+    if config.dry_run and config.push_to_hub is None:
+        raise InputError("--dry-run", "goes with --push-to-hub; add it")
+
+
+def _format(config: Any) -> "Format | None":
+    """How to write another format than hf; InputError if what it needs is not there."""
+    if config.format == "hf":
+        return None
+
+    from laco_train.export import ctranslate2, gguf, onnx
+    from laco_train.export.converted import require
+
+    if config.format == "ctranslate2":
+        require("ctranslate2", ctranslate2.PACKAGES)
+        return ctranslate2.Ctranslate2()
+    if config.format == "onnx":
+        require("onnx", onnx.PACKAGES)
+        return onnx.Onnx()
+    if not gguf.has_runtime() and not config.unproven:
+        problem = "gguf can't be proven here: `pip install llama-cpp-python` (it compiles for minutes), or --unproven"
+        raise InputError("--format", problem)
+    require("gguf", gguf.PACKAGES)
+    return gguf.Gguf(config.gguf_type, gguf.find_converter(config.llama_cpp), gguf.has_runtime())
+
+
+def _export(config: Any, output: Path, form: "Format | None") -> None:
+    from peft import PeftModel
+
+    from laco_train.export import export_folder
+    from laco_train.export.converted import export_converted
+    from laco_train.export.source import KEY, read_source
+    from laco_train.precision import named_dtype
+
+    keep = config.adapter == "keep"
+    path = _find(Path(config.checkpoint), adapters=keep)
+    print(f"Reading {path}", flush=True)
+    source = read_source(path)
+    if keep and not isinstance(source.model, PeftModel):
+        raise InputError(KEY, f"{path} has no adapter to keep (its model.method is not lora); drop --adapter keep")
+    plan, card = source.plan, source.card
+    if form is not None:
+        export_converted(source.model, source.tokenizer, output, config.format, form, plan=plan, card=card)
+        return
+    export_folder(
+        source.model,
+        source.tokenizer,
+        output,
+        dtype=source.dtype if config.dtype == "auto" else named_dtype(config.dtype),
+        shard_size=config.shard_size,
+        keep_adapter=keep,
+        plan=plan,
+        card=card,
     )
-    export_folder(model, tokenizer, output, dtype=dtype, plan=plan, card=card)
+
+
+def _find(path: Path, *, adapters: bool) -> Path:
+    """The checkpoint or model folder that `path` stands for.
+
+    Args:
+        path: a .ckpt, sharded or not, a model folder, or the folder of a finished run of fit or of a study's arm.
+        adapters: whether LoRA must be apart still: a run's own export has it merged, its checkpoints don't.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    from laco_train.export.source import KEY
+    from laco_train.study.curves import read_runs
+    from laco_train.training.sharded import is_sharded
+
+    if path.is_file() or is_sharded(path) or (path / "config.json").is_file():
+        return path
+    if not path.is_dir():
+        raise InputError(KEY, f"there is no {str(path)!r}; name a .ckpt, a run's folder or an exported model")
+    runs = read_runs(path)
+    if len(runs) != 1:
+        raise InputError(KEY, f"{path} holds {len(runs)} runs; name one of them, such as {runs[0].folder}")
+    run = runs[0]
+    if run.export is not None and not adapters:
+        return run.export
+    checkpoints = sorted(run.folder.glob("**/checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime)
+    if not checkpoints:
+        raise InputError(KEY, f"{path} has no checkpoint{'' if adapters else ' and no export'}; name another run")
+    return checkpoints[-1]

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from laco_train.callbacks.curves import Curves
 from laco_train.callbacks.layer_collapse import LayerCollapse
+from laco_train.files import write_whole
 from laco_train.training.module import CausalLM
 
 _POINT = ("step", "tokens", "loss", "seconds")
@@ -46,7 +47,7 @@ def write_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer) -> 
         "peak_gib": None if peak is None else peak / 2**30,
     }
     path = Path(str(trainer.log_dir)) / "summary.json"
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(values, indent=1) + "\n")
 
 
 def print_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer, export: Path | None) -> None:

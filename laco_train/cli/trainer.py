@@ -64,6 +64,7 @@ from laco_train.settings import (
     check_budget,
     check_collapse,
     check_data,
+    check_export,
     check_model,
 )
 from laco_train.training.checkpoint import read_checkpoint, rebuilt, refuse_other_layout
@@ -150,6 +151,7 @@ class RecipeCLI(LightningCLI):
         check_model(self.model_settings)
         check_collapse(self.collapse_settings)
         check_data(self.data_settings)
+        check_export(self.export_settings)
         self.budget_settings: BudgetSettings = self._get(self.config_init, "budget")
         self.speed_settings: SpeedSettings = self._get(self.config_init, "speed")
         check_budget(self.budget_settings)
@@ -353,7 +355,8 @@ class RecipeCLI(LightningCLI):
         if output.exists():  # it appears whole or not at all, so the run was killed right after it
             return output
         dtype = self.dtype if name == "auto" else named_dtype(name)
-        export_folder(model, self.load_tokenizer(), output, dtype=dtype, plan=whole, card=self._card(whole))
+        card, size = self._card(whole), self.export_settings.shard_size
+        export_folder(model, self.load_tokenizer(), output, dtype=dtype, plan=whole, card=card, shard_size=size)
         return output
 
     def _card(self, plan: CollapsePlan) -> CardFacts:
@@ -366,6 +369,7 @@ class RecipeCLI(LightningCLI):
             tokens=self.curves.tokens,
             steps=self.trainer.global_step,
             licence=None,
+            from_scratch=self.model_settings.from_scratch,
         )
 
 

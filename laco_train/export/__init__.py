@@ -2,8 +2,9 @@
 
 from laco_train.export.card import CardFacts, model_card
 from laco_train.export.cpu_copy import cpu_copy
-from laco_train.export.huggingface import export_folder, refuse_nonempty, save_adapter
+from laco_train.export.huggingface import export_folder, save_adapter
 from laco_train.export.proof import Proof, prove
+from laco_train.export.whole import refuse_nonempty
 
 __all__ = [
     "CardFacts",

@@ -2,13 +2,14 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from laco_train.collapse import CollapsePlan
+from laco_train.export.licence import Licence
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class CardFacts:
         losses: validation losses in nats per token, in order, such as original, collapsed, trained.
         tokens: tokens trained on.
         steps: optimizer steps.
-        licence: the base model's licence as the Hub spells it, such as ``apache-2.0``; None if unknown.
+        licence: the base model's; None if unknown.
+        from_scratch: whether its weights were drawn at random after the collapse.
     """
 
     base_model: str
@@ -33,48 +35,90 @@ class CardFacts:
     losses: dict[str, float]
     tokens: int
     steps: int
-    licence: str | None
+    licence: Licence | None
+    from_scratch: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, for `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CardFacts":
+        """What `to_dict` gave.
+
+        Raises:
+            TypeError: it is not that.
+        """
+        licence = values.get("licence")
+        return cls(**{**values, "licence": None if licence is None else Licence(**licence)})
 
 
-def model_card(facts: CardFacts, plan: CollapsePlan | None) -> str:
-    """README.md of an export: the Hub's metadata, then text for people."""
-    sections = [_metadata(facts), _what(facts, plan)]
+@dataclass(frozen=True)
+class Packaging:
+    """What a model card tells of the files beside it.
+
+    Attributes:
+        library: that loads them, as the Hub calls it.
+        tags: more of the Hub's tags.
+        use: section on how to load them.
+        proof: section on how they were proven.
+    """
+
+    library: str
+    tags: tuple[str, ...]
+    use: str
+    proof: str
+
+
+def model_card(facts: CardFacts, plan: CollapsePlan | None, packaging: Packaging | None = None) -> str:
+    """README.md of an export: the Hub's metadata, then text for people; `packaging` None: as Transformers saves it."""
+    packaging = packaging or TRANSFORMERS
+    sections = [_metadata(facts, packaging), _what(facts, plan, kept_apart=packaging is ADAPTER)]
     if plan is not None:
         sections.append(_layers(plan))
-    sections += [_training(facts), _use(), _proof()]
+    sections += [_training(facts), f"## Use\n\n{packaging.use}", f"## Proof\n\n{packaging.proof}"]
     return "\n".join(sections)
 
 
-def _metadata(facts: CardFacts) -> str:
+def _metadata(facts: CardFacts, packaging: Packaging) -> str:
     values: dict[str, Any] = {}
     # the Hub takes ids only here: a path or a package's file is told in the text
     if re.fullmatch(r"[\w.-]+/[\w.-]+", facts.base_model) and not Path(facts.base_model).exists():
         values["base_model"] = facts.base_model
     if facts.licence is not None:
-        values["license"] = facts.licence
+        values |= facts.licence.metadata
     values |= {
-        "library_name": "transformers",
+        "library_name": packaging.library,
         "pipeline_tag": "text-generation",
-        "tags": ["layer-collapse", "depth-pruning"],
+        "tags": ["layer-collapse", "depth-pruning", *packaging.tags],
     }
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _what(facts: CardFacts, plan: CollapsePlan | None) -> str:
+def _what(facts: CardFacts, plan: CollapsePlan | None, *, kept_apart: bool) -> str:
     trained = {
         "full": "every weight was trained",
-        "lora": "LoRA adapters were trained and merged",
+        "lora": f"LoRA adapters were trained and {'kept apart' if kept_apart else 'merged'}",
         "last_layers": "its last layers and its head were trained",
     }[facts.method]
     after = f"then {trained}" if facts.steps else "without training since"
-    licence = f"\n\nThe base model's licence ({facts.licence}) holds for this model too." if facts.licence else ""
     if plan is None:
-        title = "Post-trained model"
-        body = f"`{facts.base_model}` with all its decoder layers, {after}."
+        title, depth = "Post-trained model", "all its decoder layers"
     else:
         title = f"A model collapsed from {plan.source_depth} to {plan.depth} decoder layers"
-        body = f"`{facts.base_model}` with {plan.depth} of its {plan.source_depth} decoder layers, {after}."
-    return f"# {title}\n\n{body} Made by the recipe `{facts.recipe}`.{licence}\n"
+        depth = f"{plan.depth} of its {plan.source_depth} decoder layers"
+    if facts.from_scratch:
+        title = "A model from random weights" if plan is None else f"A model of {plan.depth} layers from random weights"
+        after = f"all weights drawn at random, {after}: it has that model's shape and tokenizer, none of its knowledge"
+    recipe = f" Made by the recipe `{facts.recipe}`." if facts.recipe else ""
+    return f"# {title}\n\n`{facts.base_model}` with {depth}, {after}.{recipe}{_licence(facts.licence)}\n"
+
+
+def _licence(licence: Licence | None) -> str:
+    if licence is None:
+        return "\n\nThe base model's licence holds for this model too; its files did not tell which."
+    reminder = f" {licence.reminder}" if licence.reminder else ""
+    return f"\n\nThe base model's licence ({licence.name or licence.id}) holds for this model too.{reminder}"
 
 
 def _layers(plan: CollapsePlan) -> str:
@@ -162,10 +206,7 @@ def _perplexity(loss: float) -> str:
     return f"{math.exp(loss):,.4g}" if loss < 100 else "over 1e43"
 
 
-def _use() -> str:
-    return """## Use
-
-Plain Transformers; nothing else is needed.
+_USE = """Plain Transformers; nothing else is needed.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -177,12 +218,26 @@ inputs = tokenizer("The river rises in", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
 ```
 """
-
-
-def _proof() -> str:
-    return """## Proof
-
-This folder was written under another name, reloaded in plain Transformers in float32, and renamed only because every
-weight and the logits of several prompts equalled those of the model in memory bit for bit, greedy generation with a KV
-cache equalled that without, and the tokenizer encoded alike.
+_PROOF = """This folder was written under another name, reloaded in plain Transformers in float32, and renamed only
+because every weight and the logits of several prompts equalled those of the model in memory bit for bit, greedy
+generation with a KV cache equalled that without, and the tokenizer encoded alike. `laco_train_manifest.json` holds the
+sha256 of each file.
 """
+TRANSFORMERS = Packaging("transformers", (), _USE, _PROOF)
+ADAPTER = Packaging(
+    "transformers",
+    ("lora",),
+    """The trained LoRA adapter is not merged: `adapter/` holds it, the rest of this folder is the model that it adapts.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+model = PeftModel.from_pretrained(base, f"{folder}/adapter")
+```
+""",
+    _PROOF + "\nThe adapter was reloaded onto it by peft, and the logits of both together compared alike.\n",
+)

@@ -37,6 +37,26 @@ def cpu_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     return duplicate.eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def adapted_copy(model: nn.Module, dtype: torch.dtype) -> PeftModel:
+    """`model` with its adapters apart, in eval mode on the CPU, in float32; its base went through `dtype`.
+
+    Args:
+        model: a causal LM wrapped by peft, as for `cpu_copy`.
+        dtype: type that the base's parameters are rounded to before they are float32 again.
+    """
+    source = model._orig_mod if isinstance(model, OptimizedModule) else model
+    duplicate = _detached_copy(source, torch.float32)
+    assert isinstance(duplicate, PeftModel)
+    for name, parameter in duplicate.named_parameters():
+        if "lora_" not in name:
+            parameter.data = _cast(parameter.data, dtype).float()
+    base = duplicate.get_base_model()
+    if attends_by_documents(base):
+        set_document_attention(base, False)
+    return duplicate.eval().requires_grad_(False)
+
+
 def _detached_copy(model: nn.Module, dtype: torch.dtype) -> Any:
     # What deepcopy finds in its memo it takes as copied: that is how tensors reach the CPU and hooks stay behind.
     memo: dict[int, Any] = {}

@@ -1,9 +1,8 @@
 """Writes a Hugging Face folder beside its final name, proves it, then renames it (issue 2, Export)."""
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,10 +12,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from laco_train.collapse import CollapsePlan
-from laco_train.errors import InputError, TrainingStopped
-from laco_train.export.card import CardFacts, model_card
-from laco_train.export.cpu_copy import cpu_copy
-from laco_train.export.proof import PLAN_FILE, Proof, prove
+from laco_train.errors import TrainingStopped
+from laco_train.export.card import ADAPTER, CardFacts, Packaging, model_card
+from laco_train.export.cpu_copy import adapted_copy, cpu_copy
+from laco_train.export.licence import licence_of
+from laco_train.export.proof import PLAN_FILE, Proof, adapted_logits, prove, prove_adapter
+from laco_train.export.whole import appearing_whole, refuse_nonempty
+from laco_train.settings import ExportSettings
+
+ADAPTER_FOLDER = "adapter"
+"""In an export that keeps its adapter: peft's folder."""
 
 
 def export_folder(
@@ -27,6 +32,8 @@ def export_folder(
     dtype: torch.dtype,
     plan: CollapsePlan | None,
     card: CardFacts,
+    shard_size: str = ExportSettings.shard_size,
+    keep_adapter: bool = False,
     say: Callable[[str], None] = print,
 ) -> Proof:
     """Export `model` to `output`, which exists only once the proof holds; `model` itself is not touched.
@@ -34,12 +41,14 @@ def export_folder(
     Needs CPU memory for about two float32 copies of the model, and no GPU memory.
 
     Args:
-        model: a causal LM on any device, in any mode; LoRA is merged.
+        model: a causal LM on any device, in any mode.
         tokenizer: goes into the folder with its chat template.
         output: folder that does not exist, or is empty.
         dtype: type of the written weights.
         plan: written as collapse_plan.json; None for a model that was not collapsed.
-        card: what the model card tells.
+        card: what the model card tells; a licence that it lacks is looked for with the base model.
+        shard_size: of a weights file at most, as Transformers has it.
+        keep_adapter: write LoRA as peft's folder ``adapter`` in `output`, with its base unchanged; else it is merged.
         say: called with a line at each step.
 
     Raises:
@@ -48,31 +57,39 @@ def export_folder(
     """
     refuse_nonempty(output, "--output")
     name = str(dtype).removeprefix("torch.")
+    card = with_licence(card)
     say(f"export: copying the model to the CPU as {name}")
-    duplicate = cpu_copy(model, dtype)
-    with _appearing_whole(output) as folder:
+    expected = None
+    if keep_adapter:
+        assert isinstance(model, PeftModel)
+        adapted = adapted_copy(model, dtype)
+        expected = adapted_logits(adapted, tokenizer)
+        duplicate = cpu_copy(adapted.unload(), dtype)
+        del adapted
+    else:
+        duplicate = cpu_copy(model, dtype)
+    about = {"format": "hf", "card": card.to_dict()}
+    with appearing_whole(output, about) as folder:
         say(f"export: writing {folder}")
-        write_folder(duplicate, tokenizer, folder, plan=plan, card=card)
+        packaging = ADAPTER if keep_adapter else None
+        write_folder(duplicate, tokenizer, folder, plan=plan, card=card, packaging=packaging, shard_size=shard_size)
+        if keep_adapter:
+            _save_peft(model, folder / ADAPTER_FOLDER, base="..")  # type: ignore[arg-type]
         say("export: reloading it in plain Transformers, in float32, and comparing")
         proof = prove(folder, duplicate, tokenizer, plan)
+        if expected is not None:
+            del duplicate
+            say("export: reloading the adapter onto it by peft, and comparing")
+            prove_adapter(folder, folder / ADAPTER_FOLDER, expected, tokenizer)
     for line in proof.lines():
         say(f"export: {line}")
     say(f"export: {output} is complete")
     return proof
 
 
-def refuse_nonempty(output: Path, key: str) -> None:
-    """InputError, naming `key`, unless a folder can be made at `output` without touching what is there."""
-    target = output.expanduser().resolve()
-    if target.is_mount():
-        raise InputError(key, f"{output} is a mount point, which can't be renamed to; name a folder inside it")
-    if target.is_dir() and any(target.iterdir()):
-        raise InputError(key, f"{output} exists and is not empty; name another folder or empty it")
-    if target.exists() and not target.is_dir():
-        raise InputError(key, f"{output} is a file; name a folder")
-    parent = next(parent for parent in target.parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(key, f"no folder can be made in {parent}; name one that you may write to")
+def with_licence(card: CardFacts) -> CardFacts:
+    """`card` with the base model's licence, as far as that tells one."""
+    return card if card.licence is not None else replace(card, licence=licence_of(card.base_model))
 
 
 def write_folder(
@@ -82,6 +99,8 @@ def write_folder(
     *,
     plan: CollapsePlan | None,
     card: CardFacts,
+    packaging: Packaging | None = None,
+    shard_size: str = ExportSettings.shard_size,
 ) -> None:
     """Write weights, config, generation config, tokenizer, plan and model card of a `cpu_copy` into `folder`.
 
@@ -90,11 +109,11 @@ def write_folder(
     """
     _mend_generation_config(duplicate)
     try:
-        duplicate.save_pretrained(folder)
+        duplicate.save_pretrained(folder, max_shard_size=shard_size)
         tokenizer.save_pretrained(folder)
         if plan is not None:
             plan.save(folder / PLAN_FILE, weights=False)  # the folder's own weights hold what was fitted
-        (folder / "README.md").write_text(model_card(card, plan), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(card, plan, packaging), encoding="utf-8")
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise TrainingStopped(f"export: can't write {folder}: {reason}") from error
@@ -109,24 +128,21 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         InputError: `folder` can't be written, see `refuse_nonempty`.
     """
     refuse_nonempty(folder, "--output")
-    with _appearing_whole(folder) as aside:
-        # the vocabulary never changes here, and finding that out by itself would make peft ask the hub
-        model.save_pretrained(str(aside), save_embedding_layers=False)
+    with appearing_whole(folder, {"format": "adapter"}) as aside:
+        _save_peft(model, aside)
 
 
-@contextmanager
-def _appearing_whole(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write to, renamed to it if the block succeeds, removed if it does not."""
-    target = output.expanduser().resolve()
-    aside = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    if aside.exists():  # left by a dead run that had the same process id
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
+def _save_peft(model: PeftModel, folder: Path, base: str | None = None) -> None:
+    # the vocabulary never changes here, and finding that out by itself would make peft ask the hub
     try:
-        yield aside
-        aside.replace(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # a form to fill in, with paths of this machine
+        if base is not None:
+            path = folder / "adapter_config.json"
+            values = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps(values | {"base_model_name_or_path": base}, indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise TrainingStopped(f"export: can't write {folder}: {' '.join(str(error).split())}") from error
 
 
 def _mend_generation_config(model: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +30,8 @@ NEW_TOKENS = 16
 # Cached and uncached passes multiply matrices of other shapes, so float32 rounding differs (2e-7 on small models,
 # more on deep ones), while a broken cache is off by a share of the logits themselves.
 CACHE_TOLERANCE = 1e-3
+# of the same sums on tensors that lie otherwise in memory
+ADAPTER_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,37 @@ def prove(
     generated = sum(_compare_generation(reloaded, prompt) for prompt in prompts)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Proof(tensors, worst, len(prompts), generated, size, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def adapted_logits(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    """The (1, T, V) logits of each fixed prompt, in float32."""
+    positions = getattr(adapted.config, "max_position_embeddings", None)
+    return [adapted(input_ids=ids, use_cache=False).logits for ids in prompt_ids(tokenizer, positions)]
+
+
+@torch.no_grad()
+def prove_adapter(folder: Path, adapter: Path, expected: list[Tensor], tokenizer: PreTrainedTokenizerBase) -> float:
+    """Prove that `adapter` on the base in `folder`, loaded by Transformers and peft, gives the `expected` logits.
+
+    Returns:
+        The largest difference, as rounding leaves it.
+
+    Raises:
+        TrainingStopped: it can't be loaded, or differs by more than rounding.
+    """
+    base = _reload(folder, trust_remote_code=False)
+    with _loading("adapter"):
+        loaded = PeftModel.from_pretrained(base, str(adapter)).eval()
+    worst = 0.0
+    for before, after in zip(expected, adapted_logits(loaded, tokenizer), strict=True):
+        difference = (before - after).abs().max().item()
+        _demand(
+            difference <= ADAPTER_TOLERANCE * before.abs().max().item(),
+            f"logits of base and adapter differ by {difference:.3g} from those of the model in memory",
+        )
+        worst = max(worst, difference)
+    return worst
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, positions: int | None) -> list[Tensor]:

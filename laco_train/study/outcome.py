@@ -51,7 +51,7 @@ def print_outcome(study: Study) -> None:
         for line in unlike(runs):
             print(f"Warning: {line}")
         busy = [arm for arm in study.settings.arms if is_held(study.folder, arm)]
-        if busy:
+        if busy and not study.settings.ratios:
             print(f"Inference is not measured: other processes run {', '.join(busy)}; the last to end measures it.")
         print(f"Report: {write_report(study.folder, speed=not busy)}")
     print(f"Study: {study.folder}   curves: tensorboard --logdir {study.folder}", flush=True)

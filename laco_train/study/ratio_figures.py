@@ -1,5 +1,6 @@
 """Figures over the share of the parameters that is removed: one line an arm."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -34,15 +35,10 @@ def _figure(found: OverRatios, q: Quantity, log: bool) -> Figure:
     axes = figure.subplots()
     shown = perplexity if log else float
     said: Callable[[float], str] = number if log else "{:.3f}".format
-    original = found.original and found.original.values[q.key]
+    original = None if found.original is None else found.original.values[q.key]
     lines = [line for line in found.lines if _points(line, q)]
-    _limit(
-        axes,
-        found,
-        [[shown(v) for _, v, _ in _points(line, q)] for line in lines],
-        original and shown(original.mean),
-        log,
-    )
+    values = [[shown(mean) for _, mean, _ in _points(line, q)] for line in lines]
+    _limit(axes, found, values, None if original is None else shown(original.mean), log)
     ends = []
     for line, look in zip(lines, looks([False] * len(lines)), strict=True):
         x, value = _draw(axes, line, q, look, shown)
@@ -53,7 +49,7 @@ def _figure(found: OverRatios, q: Quantity, log: bool) -> Figure:
         ends.append((f"original {said(shown(original.mean))}", axes.get_xlim()[1], shown(original.mean), grey))
     label_ends(axes, ends)
     axes.set_ylabel(f"perplexity {q.title}" if log else f"loss {q.title} (nats per token)")
-    axes.set_xlabel("parameters removed (%), and layers left")
+    axes.set_xlabel("parameters removed, and layers left")
     axes.grid(alpha=0.5)
     axes.set_axisbelow(True)
     return figure
@@ -84,7 +80,9 @@ def _limit(axes: Axes, found: OverRatios, lines: Sequence[Sequence[float]], orig
         axes.set_yscale("log")
         axes.set_ylim(bottom / 1.15, top * 1.15)
         axes.set_yticks(decades(bottom / 1.15, top * 1.15))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e6 else _power(value))
+        )
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         ends = sorted(line[-1] for line in lines)
@@ -97,14 +95,21 @@ def _limit(axes: Axes, found: OverRatios, lines: Sequence[Sequence[float]], orig
 
 def _ticks(axes: Axes, found: OverRatios) -> None:
     places = {level.depth: 100 * level.removed for line in found.lines for level in line.levels}
-    axes.set_xticks(list(places.values()), [f"{x:.0f}\n{depth}" for depth, x in places.items()])
+    axes.set_xticks(list(places.values()), [f"{x:.0f}%\n{depth}" for depth, x in places.items()])
     first, last = min(places.values()), max(places.values())
     room = 0.06 * (last - first) or 1.0
     axes.set_xlim(first - room, last + room)
 
 
 def number(value: float) -> str:
-    """A perplexity: two digits after the point below ten, powers of ten from a million."""
+    """A perplexity: three digits or more, powers of ten from a million."""
+    if value == math.inf:
+        return "infinite"
     if value >= 1e6:
-        return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+        return _power(value)
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _power(value: float) -> str:
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"

@@ -45,11 +45,8 @@ def _layer_collapse(q: Quantity, ranks: dict[float, list[tuple[str, float]]]) ->
 def _stability(found: OverRatios, q: Quantity) -> list[str]:
     """How much the loss of each arm rises from the smallest to the largest ratio."""
     first, last = found.ratios[0], found.ratios[-1]
-    rises = {}
-    for line in found.lines:
-        start, end = line.at(first, q.key), line.at(last, q.key)
-        if start is not None and end is not None and first != last:
-            rises[line.name] = end.mean - start.mean
+    starts, ends = (dict(found.ranked(ratio, q.key)) for ratio in (first, last))
+    rises = {name: ends[name] - starts[name] for name in ends if name in starts and first != last}
     if len(rises) < 2:
         return []
     each = ", ".join(f"{name} {rises[name]:+.3f}" for name in sorted(rises, key=lambda name: rises[name]))

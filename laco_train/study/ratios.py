@@ -55,10 +55,17 @@ class Level:
 
 @dataclass(frozen=True)
 class Line:
-    """An arm over ratios, the smallest first."""
+    """An arm over ratios.
+
+    Attributes:
+        name: the arm's.
+        levels: the smallest ratio first.
+        is_collapsed: whether it is a collapsed model, not a shape of random weights.
+    """
 
     name: str
     levels: tuple[Level, ...]
+    is_collapsed: bool = True
 
     def at(self, ratio: float, key: str) -> Spread | None:
         """A quantity at a ratio; None if it is not known there."""
@@ -91,8 +98,9 @@ class OverRatios:
         return sorted({level.depth for line in self.lines for level in line.levels if level.ratio == ratio})
 
     def ranked(self, ratio: float, key: str) -> list[tuple[str, float]]:
-        """(arm, mean) of a quantity at a ratio, the lowest first."""
-        found = [(line.name, value.mean) for line in self.lines if (value := line.at(ratio, key)) is not None]
+        """(arm, mean) of a quantity of collapsed models at a ratio, the lowest first."""
+        values = {line.name: line.at(ratio, key) for line in self.lines if line.is_collapsed}
+        found = [(name, value.mean) for name, value in values.items() if value is not None]
         return sorted(found, key=lambda pair: pair[1])
 
 
@@ -113,7 +121,8 @@ def over_ratios(runs: Sequence[Run]) -> OverRatios:
     lines = []
     for name in names:
         at = {ratio: [run for run in collapsed if (run.line, run.ratio) == (name, ratio)] for ratio in ratios}
-        lines.append(Line(name, tuple(_level(ratio, those) for ratio, those in at.items() if those)))
+        levels = tuple(_level(ratio, those) for ratio, those in at.items() if those)
+        lines.append(Line(name, levels, any(run.is_collapsed for those in at.values() for run in those)))
     tokens = min((run.points[-1].tokens for run in collapsed), default=0)
     return OverRatios(tuple(ratios), tuple(lines), _original(runs), tokens)
 

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from laco_train.collapse import CollapsePlan, collapse_model
 from laco_train.export import CardFacts
+from laco_train.export.licence import Licence
 from laco_train.settings import CollapseSettings
 
 Collapsed = tuple[LlamaForCausalLM, CollapsePlan]
@@ -56,5 +57,5 @@ def facts() -> CardFacts:
         losses={"original": 2.0, "collapsed": 5.0, "trained": 2.5},
         tokens=12_345,
         steps=20,
-        licence="apache-2.0",
+        licence=Licence("apache-2.0"),
     )

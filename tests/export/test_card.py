@@ -1,6 +1,7 @@
 """The model card tells what happened, and its metadata is what the Hub reads."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 
 import pytest
@@ -70,3 +71,18 @@ def test_an_untrained_model_says_so(facts: CardFacts) -> None:
     card = model_card(dataclasses.replace(facts, steps=0, tokens=0), None)
     assert "without training since" in card
     assert "optimizer steps" not in card
+
+
+@pytest.mark.parametrize("collapses", [True, False])
+def test_random_weights_are_said_to_be_random(
+    facts: CardFacts, collapsed: Callable[..., tuple], collapses: bool
+) -> None:
+    plan = collapsed()[1] if collapses else None
+    card = model_card(dataclasses.replace(facts, from_scratch=True), plan)
+    assert "from random weights\n" in card
+    assert "all weights drawn at random, then every weight was trained" in card
+    assert "random" not in model_card(facts, plan)
+
+
+def test_facts_survive_json(facts: CardFacts) -> None:
+    assert CardFacts.from_dict(json.loads(json.dumps(facts.to_dict()))) == facts

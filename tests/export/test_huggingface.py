@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from laco_train.collapse import CollapsePlan
 from laco_train.errors import InputError, TrainingStopped
 from laco_train.export import CardFacts, Proof, export_folder, refuse_nonempty, save_adapter
 from laco_train.export.huggingface import write_folder
+from laco_train.manifest import MANIFEST, faults, read_manifest
 
 IDS = torch.arange(1, 20).unsqueeze(0)
 Factory = Callable[..., tuple]
@@ -58,7 +60,9 @@ def test_folder_reloads_as_the_model(
 
     assert (proof.tensors, proof.max_logit_difference, proof.prompts) == (len(model.state_dict()), 0.0, 4)
     assert proof.generated_tokens == 4 * 16
-    assert proof.bytes == sum(path.stat().st_size for path in output.iterdir())
+    assert proof.bytes == sum(path.stat().st_size for path in output.iterdir() if path.name != MANIFEST)
+    assert faults(output, read_manifest(output, "x")) == {}
+    assert read_manifest(output, "x").export == {"format": "hf", "card": facts.to_dict()}
     assert all(f"export: {line}" in said for line in proof.lines())
     assert [path.name for path in output.parent.iterdir()] == ["export"]
 
@@ -94,10 +98,70 @@ def test_lora_is_merged_and_reloads(
     torch.testing.assert_close(reloaded(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_adapter_is_kept_beside_its_base(
+    tmp_path: Path, adapted: Factory, tiny_tokenizer: PreTrainedTokenizerFast, facts: CardFacts, dtype: torch.dtype
+) -> None:
+    model, plan = adapted()
+    arguments = {"plan": plan, "card": facts, "say": quiet, "keep_adapter": True}
+    export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=dtype, **arguments)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
+    with model.disable_adapter():
+        before = model(IDS).logits
+    near = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(base(IDS).logits, before, rtol=0, atol=near)
+    both = PeftModel.from_pretrained(base, str(tmp_path / "x" / "adapter"))
+    assert (model(IDS).logits - before).abs().max() > 0.5
+    torch.testing.assert_close(both(IDS).logits, model(IDS).logits, rtol=0, atol=near)
+    assert "adapter/adapter_model.safetensors" in read_manifest(tmp_path / "x", "x").files
+    config = json.loads((tmp_path / "x" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == ".."
+    assert "adapter is not merged" in (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_adapter_that_changed_on_the_disk_is_found(
+    tmp_path: Path,
+    adapted: Factory,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    facts: CardFacts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save = PeftModel.save_pretrained
+
+    def save_and_damage(self: PeftModel, folder: str, **rest: object) -> None:
+        save(self, folder, **rest)
+        path = Path(folder) / "adapter_model.safetensors"
+        weights = load_file(path)
+        weights[next(name for name in weights if "layers.2" in name)][0, 0] += 0.5
+        save_file(weights, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save_and_damage)
+    model, plan = adapted()
+    arguments = {"plan": plan, "card": facts, "say": quiet, "keep_adapter": True}
+    with pytest.raises(TrainingStopped, match="logits of base and adapter differ by"):
+        export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=torch.float32, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_are_split_by_the_size_of_a_shard(
+    tmp_path: Path, collapsed: Factory, tiny_tokenizer: PreTrainedTokenizerFast, facts: CardFacts
+) -> None:
+    model, plan = collapsed()
+    arguments = {"plan": plan, "card": facts, "say": quiet, "shard_size": "100KB"}
+    export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=torch.float32, **arguments)
+    shards = list((tmp_path / "x").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert all(path.stat().st_size < 110_000 for path in shards)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
+    assert torch.equal(reloaded(IDS).logits, model(IDS).logits)
+
+
 def test_adapter_fits_the_collapsed_base(tmp_path: Path, adapted: Factory, collapsed: Factory) -> None:
     model, _ = adapted()
     save_adapter(model, tmp_path / "adapter")
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", MANIFEST} <= {
+        p.name for p in (tmp_path / "adapter").iterdir()
+    }
     again = PeftModel.from_pretrained(collapsed()[0], str(tmp_path / "adapter"))
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
@@ -199,6 +263,21 @@ def test_without_a_plan(
     model, _ = collapsed()
     export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=torch.float32, plan=None, card=facts, say=quiet)
     assert not (tmp_path / "x" / "collapse_plan.json").exists()
+
+
+def test_licence_of_the_base_model_is_inherited(
+    tmp_path: Path, collapsed: Factory, tiny_tokenizer: PreTrainedTokenizerFast, facts: CardFacts
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: gemma\n---\n", encoding="utf-8")
+    model, plan = collapsed()
+    card = replace(facts, base_model=str(tmp_path / "base"), licence=None)
+    export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=torch.float32, plan=plan, card=card, say=quiet)
+    written = (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
+    assert "license: gemma\n" in written
+    assert "The Gemma terms ask you" in written
+    again = CardFacts.from_dict(read_manifest(tmp_path / "x", "x").export["card"])
+    assert again.licence is not None and again.licence.id == "gemma"
 
 
 def test_generation_config_that_transformers_refuses_to_save(

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from laco_train.study.tasks import run_name
+
 BUDGET, STEP = 9_830_400, 32_768
 SHA = "a" * 64
 # start, after 50 steps, after 300 steps, depth, learning rate
@@ -22,8 +24,9 @@ ARMS = {
     "greedy": (6.121, 3.466, 2.998, 22, 3e-4),
     "scratch": (10.94, 7.25, 5.05, 22, 6e-4),
 }
-SPEED = {30: 130_000, 22: 170_000, 15: 230_000}
-PARAMETERS = {30: 134_515_008, 22: 106_198_848, 15: 81_421_056}
+DEPTHS = {0.1: 26, 0.2: 22, 0.27: 20, 0.4: 15, 0.5: 11}
+SPEED = {30: 130_000, 26: 150_000, 22: 170_000, 20: 180_000, 15: 230_000, 11: 300_000}
+PARAMETERS = {depth: 134_515_008 - 3_539_520 * (30 - depth) for depth in SPEED}
 
 
 def evaluations(steps: int) -> list[int]:
@@ -99,6 +102,30 @@ def write_study(root: Path, seeds: Sequence[int] = (0,), *, rounds: bool = False
     return root
 
 
+def write_ratios(
+    root: Path, *, seeds: Sequence[int] = (0,), trained: bool = True, scratch: bool = True, original: bool = True
+) -> Path:
+    """A study over pruning ratios, which cost the more the larger they are."""
+    steps = 30 if trained else 0
+    for arm, (start, middle, end, _, rate) in ARMS.items():
+        if (arm == "scratch" and not scratch) or (arm == "original" and not original):
+            continue
+        strategy = {"original": "none", "scratch": "laco"}.get(arm, arm)
+        places: dict[float | None, int] = {None: 30} if arm == "original" else {**DEPTHS}
+        for ratio, depth in places.items():
+            worse = 1.0 if ratio is None or arm == "scratch" else (ratio / 0.2) ** 1.5
+            begin, finish = (
+                least + worse * (loss - least) for least, loss in ((3.538, start), (2.5, (middle + end) / 2))
+            )
+            for seed in seeds:
+                shift = 0.04 * (seed - 0.5) if len(seeds) > 1 else 0.0
+                curve = [(0, begin + shift), *([(steps, finish + shift)] if trained else [])]
+                values = summary(curve, strategy=strategy, depth=depth)
+                place = root / run_name(arm, seed, ratio) / "version_0"
+                write_run(place, values, rate, seed, scratch=arm == "scratch")
+    return root
+
+
 if __name__ == "__main__":
     import sys
 
@@ -106,3 +133,6 @@ if __name__ == "__main__":
 
     for name, seeds, rounds in (("one", (0,), False), ("seeds", (0, 1, 2), False), ("rounds", (0,), True)):
         print(write_report(write_study(Path(sys.argv[1]) / name, seeds, rounds=rounds), speed=False))
+    for name, seeds, trained in (("ratios", (0,), True), ("ratio_seeds", (0, 1), True), ("untrained", (0,), False)):
+        study = write_ratios(Path(sys.argv[1]) / name, seeds=seeds, trained=trained, scratch=trained)
+        print(write_report(study, speed=False))

@@ -52,9 +52,9 @@ class Outcome:
         return self.study.folder / name / "version_0"
 
 
-def write_recipe(project: Project, changes: dict[str, Any] | None = None) -> None:
-    """Put s.yaml into the project."""
-    text = yaml.safe_dump(merged(SHARED, changes or {}), sort_keys=False)
+def write_recipe(project: Project, changes: dict[str, Any] | None = None, *, below: dict[str, Any] = SHARED) -> None:
+    """Put s.yaml into the project: `changes` over `below`."""
+    text = yaml.safe_dump(merged(below, changes or {}), sort_keys=False)
     (project.root / "s.yaml").write_text(text, encoding="utf-8")
 
 

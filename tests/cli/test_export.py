@@ -1,0 +1,143 @@
+"""`export` from whatever holds a trained model, and the options that go not together."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from laco_train.export import ctranslate2
+from laco_train.manifest import faults, read_manifest
+from tests.cli.runs import KEEP_ALL, Project, Run
+
+IDS = torch.arange(1, 20).unsqueeze(0)
+
+
+@pytest.fixture(scope="module")
+def lora(shared_project: Project) -> Run:
+    """A run that trained adapters."""
+    return shared_project.fit("--model.method", "lora", "--model.lora.rank", "4", *KEEP_ALL)
+
+
+def logits(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
+
+
+def export(project: Project, source: Path, name: str, *options: str) -> Path:
+    result = project("export", "--checkpoint", str(source), "--output", name, *options)
+    assert result.code == 0, result.err
+    assert faults(project.root / name, read_manifest(project.root / name, "x")) == {}
+    return project.root / name
+
+
+def test_a_checkpoint_a_run_and_an_export_give_the_same(shared_project: Project, run: Run) -> None:
+    first = export(shared_project, run.checkpoint(), "from_checkpoint")
+    second = export(shared_project, run.folder, "from_run")
+    third = export(shared_project, first, "from_export", "--dtype", "bfloat16")
+    assert torch.equal(logits(first), logits(second))
+    assert torch.equal(logits(first), logits(run.folder / "export"))
+    assert AutoModelForCausalLM.from_pretrained(third).dtype == torch.bfloat16
+    facts = [read_manifest(folder, "x").export["card"] for folder in (run.folder / "export", first, second, third)]
+    assert facts[0]["steps"] == 6
+    assert facts[1:] == [facts[0]] * 3
+
+
+def test_a_model_that_was_never_here(shared_project: Project) -> None:
+    folder = export(shared_project, shared_project.root / "model", "from_model")
+    assert torch.equal(logits(folder), logits(shared_project.root / "model"))
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "without training since" in card
+    assert "recipe" not in card
+    assert not (folder / "collapse_plan.json").exists()
+
+
+def test_an_adapter_merged_or_kept(shared_project: Project, lora: Run) -> None:
+    merged = export(shared_project, lora.folder, "merged")
+    kept = export(shared_project, lora.folder, "kept", "--adapter", "keep")
+    base = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32)
+    before = base(IDS).logits
+    both = PeftModel.from_pretrained(base, str(kept / "adapter"))(IDS).logits
+    assert (before - both).abs().max() > 1e-2
+    torch.testing.assert_close(both, logits(merged), rtol=0, atol=1e-4)
+    assert not list((kept / "adapter").glob("README.md"))  # peft's own names folders of this machine
+
+
+def test_random_weights_are_told_by_the_run_and_by_its_export(shared_project: Project) -> None:
+    run = shared_project.fit("--model.from_scratch", "true", "--trainer.max_steps", "2")
+    again = export(shared_project, run.checkpoint(2), "random")
+    for folder in (run.folder / "export", again):
+        assert "all weights drawn at random" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_there_must_be_an_adapter_to_keep(shared_project: Project, run: Run) -> None:
+    result = shared_project("export", "--checkpoint", str(run.folder), "--output", "none", "--adapter", "keep")
+    assert result.code == 2
+    assert "has no adapter to keep (its model.method is not lora)" in result.err
+
+
+def test_another_format_from_a_run(shared_project: Project, run: Run) -> None:
+    for package in ctranslate2.PACKAGES:
+        pytest.importorskip(package)
+    result = shared_project("export", "--checkpoint", str(run.folder), "--output", "ct2", "--format", "ctranslate2")
+    assert result.code == 0, result.err
+    assert "export: ctranslate2: largest logit difference" in result.out
+    assert shared_project("verify", "ct2").code == 0
+
+
+def test_a_dry_run_shows_the_card(shared_project: Project, run: Run) -> None:
+    options = ["--push-to-hub", "me/tiny", "--dry-run"]
+    result = shared_project("export", "--checkpoint", str(run.folder), "--output", "pushed", *options)
+    assert result.code == 0, result.err
+    assert "Dry run, nothing is sent. me/tiny would get" in result.out
+    assert "bytes  model.safetensors" in result.out
+    assert "  # A model collapsed from 6 to" in result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--format", "onnx", "--dtype", "bfloat16"], "--dtype: goes with --format hf only"),
+        (["--format", "gguf", "--adapter", "keep"], "--adapter: goes with --format hf only"),
+        (["--unproven"], "--unproven: goes with --format gguf only"),
+        (["--dry-run"], "--dry-run: goes with --push-to-hub"),
+        (["--push-to-hub", "a/b/c", "--dry-run"], "--push-to-hub: 'a/b/c' is no id"),
+        (["--shard-size", "5 gigs"], "export.shard_size: must be a number with KB, MB or GB"),
+        (["--format", "gguf", "--unproven"], "--llama-cpp: gguf needs llama.cpp's converter"),
+        (["--checkpoint", "nowhere"], "--checkpoint: there is no 'nowhere'"),
+        (["--checkpoint", "."], ".: is no run of fit, no study and no exported model"),
+    ],
+)
+def test_what_goes_not_together(shared_project: Project, run: Run, options: list[str], words: str) -> None:
+    if "gguf" in options and "--unproven" in options:
+        pytest.importorskip("sentencepiece")
+    before = shared_project.files()
+    given = [] if "--checkpoint" in options else ["--checkpoint", str(run.folder)]
+    result = shared_project("export", "--output", "none", *given, *options)
+    assert result.code == 2
+    assert words in result.err
+    assert len(result.err.splitlines()) == 1
+    assert shared_project.files() == before
+
+
+def test_gguf_without_a_runtime_must_be_said_to_be_unproven(
+    shared_project: Project, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("laco_train.export.gguf.has_runtime", lambda: False)
+    result = shared_project("export", "--checkpoint", str(run.folder), "--output", "none", "--format", "gguf")
+    assert result.code == 2
+    assert "gguf can't be proven here: `pip install llama-cpp-python`" in result.err
+    assert "--unproven" in result.err
+
+
+def test_a_damaged_source_is_found_by_verify(shared_project: Project, run: Run) -> None:
+    shutil.copytree(run.folder / "export", shared_project.root / "copied")
+    weights = shared_project.root / "copied" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    result = shared_project("verify", "copied")
+    assert result.code == 2
+    assert result.out == "model.safetensors: has other content than was exported (sha256)\n"

@@ -1,0 +1,1 @@
+"""Tests of laco_train.evaluation."""
