@@ -194,7 +194,7 @@ class CausalLM(LightningModule):
     def _log_at_interval(self, **values: Tensor) -> None:
         # Lightning handles every value at every step; prog_bar=True would read it off the device too
         if logs_after(self.trainer, self.trainer.global_step + 1):
-            self.log_dict(values)  # type: ignore[arg-type]
+            self.log_dict(values)
 
     def _training_loss(self, batch: Batch) -> Tensor:
         if self._distillation is not None:
