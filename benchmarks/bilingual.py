@@ -47,7 +47,7 @@ from laco_train.settings import CollapseSettings
 BLOCK = 256
 LANGUAGES = ("en", "zh")
 CALIBRATIONS = (*LANGUAGES, "en_zh", "handbook_en", "handbook_zh")
-THRESHOLDS = (0.8, 0.85, 0.9, 0.95)  # rising, as a low one tries little: it accepts soon
+THRESHOLDS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # rising, as a low one tries little: it accepts soon
 SETTINGS = CollapseSettings(layers_per_merge=2)
 _HAN = re.compile("[\u4e00-\u9fff]")
 

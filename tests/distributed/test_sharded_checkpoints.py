@@ -1,13 +1,17 @@
 """Checkpoints of FSDP2, as a folder of shards and as one file: resume, export and validation go on from both."""
 
+import io
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import metadata
 
 from laco_train.errors import InputError
+from laco_train.training import sharded
 from laco_train.training.checkpoint import read_checkpoint
 from laco_train.training.sharded import SafeReader, ShardedWeights, is_sharded
 from tests.cli.runs import Run, same_bytes
@@ -138,3 +142,22 @@ def test_the_safe_index_is_torchs(fsdp2: Run) -> None:
     folder = fsdp2.checkpoint()
     with (folder / ".metadata").open("rb") as file:
         assert SafeReader(folder).read_metadata().state_dict_metadata == pickle.load(file).state_dict_metadata
+
+
+class _ByName:
+    """Pickles as a call of getattr, as an Enum's member does in some versions of Python."""
+
+    def __init__(self, owner: Any, name: str):
+        self.asked = (owner, name)
+
+    def __reduce__(self) -> Any:
+        return getattr, self.asked
+
+
+def test_an_index_may_name_members_of_enums_alone() -> None:
+    kind = metadata._MEM_FORMAT_ENCODING
+    member = next(iter(kind))
+    assert sharded._IndexUnpickler(io.BytesIO(pickle.dumps(_ByName(kind, member.name)))).load() is member
+    for owner, name in ((kind, "__class__"), (metadata.TensorProperties, "create_from_tensor")):
+        with pytest.raises(pickle.UnpicklingError, match="which no checkpoint needs"):
+            sharded._IndexUnpickler(io.BytesIO(pickle.dumps(_ByName(owner, name)))).load()
