@@ -222,6 +222,17 @@ class RoundSettings:
     """Replaces model.optimizer.learning_rate; null: as there."""
 
 
+SECTIONS = {
+    "model": ModelSettings,
+    "collapse": CollapseSettings,
+    "data": DataSettings,
+    "budget": BudgetSettings,
+    "speed": SpeedSettings,
+    "export": ExportSettings,
+}
+"""The sections of every recipe of fit that are ours."""
+
+
 def check_static(key: str, ok: bool, problem: str) -> None:
     """Raise InputError unless `ok`."""
     if not ok:

@@ -2,9 +2,10 @@
 
 import io
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -17,6 +18,7 @@ from torch import Tensor
 from laco_train.analysis.parameters import ModulePairs
 from laco_train.analysis.result import Analysis
 from laco_train.analysis.sweep import best_at_each_depth
+from laco_train.web_page import Drawn
 
 # background, text, lines and cells without a value
 _LIGHT = ("#ffffff", "#1f2328", "#d0d7de")
@@ -47,6 +49,26 @@ class Picture:
         with _colors(_DARK if dark else _LIGHT):
             self.draw().savefig(stream, format="png")
         return stream.getvalue()
+
+
+def draw(
+    pictures: Sequence[Picture], output: Path, on_picture: Callable[[int, int], None] | None = None
+) -> dict[str, Drawn]:
+    """Draw `pictures`, the light ones to ``<name>.png`` in the folder `output` too.
+
+    Args:
+        pictures: what to draw.
+        output: folder that exists.
+        on_picture: called after each picture with how many are drawn, of how many.
+    """
+    shown: dict[str, Drawn] = {}
+    for picture in pictures:
+        drawn = Drawn(picture.alt, picture.png(dark=False), picture.png(dark=True))
+        (output / f"{picture.name}.png").write_bytes(drawn.light)
+        shown[picture.name] = drawn
+        if on_picture is not None:
+            on_picture(len(shown), len(pictures))
+    return shown
 
 
 @contextmanager

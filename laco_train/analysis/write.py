@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
-from laco_train.analysis.figures import pictures
+from laco_train.analysis.figures import draw, pictures
 from laco_train.analysis.page import headline, render_page
 from laco_train.analysis.result import Analysis, tables, to_json
 from laco_train.web_page import Drawn
@@ -22,14 +22,7 @@ def write_analysis(analysis: Analysis, output: Path, on_picture: Callable[[int, 
         on_picture: called after each picture with how many are drawn, of how many.
     """
     output.mkdir(parents=True, exist_ok=True)
-    shown: dict[str, Drawn] = {}
-    to_draw = pictures(analysis)
-    for picture in to_draw:
-        drawn = Drawn(picture.alt, picture.png(dark=False), picture.png(dark=True))
-        (output / f"{picture.name}.png").write_bytes(drawn.light)
-        shown[picture.name] = drawn
-        if on_picture is not None:
-            on_picture(len(shown), len(to_draw))
+    shown = draw(pictures(analysis), output, on_picture)
     for name, text in tables(analysis).items():
         (output / name).write_text(text, encoding="utf-8")
     (output / "analysis.json").write_text(to_json(analysis), encoding="utf-8")

@@ -36,7 +36,7 @@ class SeedSteps(Callback):
 def seed_device(seed: int, device: torch.device) -> None:
     """Seed the CPU's generator and that of `device`, in use already.
 
-    ``torch.manual_seed`` would also keep a call, with its stack trace, for each kind of device that is not in use.
+    ``torch.manual_seed`` would also note a call, with its stack trace, for each kind of device that is not in use.
     """
     if device.type not in ("cpu", "cuda"):
         torch.manual_seed(seed)

@@ -10,24 +10,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from laco_train.cli.resume import CONFIG_FILE, claim
 from laco_train.files import write_whole
-from laco_train.settings import (
-    BudgetSettings,
-    CollapseSettings,
-    DataSettings,
-    ExportSettings,
-    ModelSettings,
-    SpeedSettings,
-)
-
-SECTIONS = {
-    "model": ModelSettings,
-    "collapse": CollapseSettings,
-    "data": DataSettings,
-    "budget": BudgetSettings,
-    "speed": SpeedSettings,
-    "export": ExportSettings,
-}
-"""The recipe's sections that are ours."""
+from laco_train.settings import SECTIONS
 
 
 class RecordConfig(SaveConfigCallback):

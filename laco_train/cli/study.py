@@ -9,31 +9,11 @@ from jsonargparse import SUPPRESS
 
 from laco_train.cli.parsing import VerbParser, add_recipe_flag, resolve_arguments
 from laco_train.errors import InputError
-from laco_train.settings import (
-    BudgetSettings,
-    CollapseSettings,
-    DataSettings,
-    ExportSettings,
-    ModelSettings,
-    SpeedSettings,
-    check_budget,
-    check_collapse,
-    check_data,
-    check_model,
-)
+from laco_train.settings import SECTIONS, DataSettings, check_budget, check_collapse, check_data, check_model
 from laco_train.study.settings import StudySettings, check_study, known
 
 if TYPE_CHECKING:
     from laco_train.study.run import Study
-
-SECTIONS = {
-    "model": ModelSettings,
-    "collapse": CollapseSettings,
-    "data": DataSettings,
-    "budget": BudgetSettings,
-    "speed": SpeedSettings,
-    "export": ExportSettings,
-}
 
 
 def parser() -> VerbParser:

@@ -33,7 +33,7 @@ from laco_train.callbacks.utilisation import Utilisation
 from laco_train.cli.parsing import OneLineErrors, add_recipe_flag, resolve_arguments
 from laco_train.cli.quiet import quieten
 from laco_train.cli.ranks import ending_children, part_ranks, rank_zero_speaks_first
-from laco_train.cli.record import SECTIONS, RecordConfig
+from laco_train.cli.record import RecordConfig
 from laco_train.cli.resume import (
     CONFIG_FILE,
     EarlierRun,
@@ -54,6 +54,7 @@ from laco_train.export import CardFacts, export_folder, refuse_nonempty, save_ad
 from laco_train.models import load_config, load_tokenizer
 from laco_train.precision import named_dtype, weights_dtype
 from laco_train.settings import (
+    SECTIONS,
     BudgetSettings,
     CollapseSettings,
     DataSettings,

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from laco_train.analysis.figures import draw
 from laco_train.study.curves import Run
 from laco_train.study.page import Report, write_pages
-from laco_train.study.pictures import draw
 from laco_train.study.ratio_figures import ratio_pictures
 from laco_train.study.ratio_tables import levels_of, ratio_findings, ratio_tables, ratios_csv
 from laco_train.study.ratios import OverRatios, over_ratios, perplexity

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from laco_train.analysis.figures import draw
 from laco_train.errors import InputError
 from laco_train.study.curves import Arm, Run, arms_of, is_finished, read_json, read_runs, study_folders
 from laco_train.study.figures import Line, curve_pictures
@@ -21,7 +22,6 @@ from laco_train.study.journal import STUDY_FILE
 from laco_train.study.locks import alone
 from laco_train.study.measures import SHARES, ArmMeasures, mean_curve, measure
 from laco_train.study.page import Report, write_pages
-from laco_train.study.pictures import draw
 from laco_train.study.ratio_report import write_ratio_report
 from laco_train.study.speed import Speed, Speeds, measure_speeds
 from laco_train.study.tables import Table, count, loss_table, measure_table, size_table

@@ -188,10 +188,10 @@ class CausalLM(LightningModule):
         if self._distillation is not None:
             return self._distilled(self._distillation, batch)
         loss = self.loss(self.lm, batch)
-        self._log_at_interval(**{"train/loss": loss})
+        self._log_at_interval({"train/loss": loss})
         return loss
 
-    def _log_at_interval(self, **values: Tensor) -> None:
+    def _log_at_interval(self, values: dict[str, Tensor]) -> None:
         # Lightning handles every value at every step; prog_bar=True would read it off the device too
         if logs_after(self.trainer, self.trainer.global_step + 1):
             self.log_dict(values)
@@ -204,7 +204,7 @@ class CausalLM(LightningModule):
     def _distilled(self, distillation: Distillation, batch: Batch) -> Tensor:
         loss = distillation(self.lm, batch)
         self._log_at_interval(
-            **{
+            {
                 "train/loss": loss.total,
                 "train/next_token_loss": loss.next_token,
                 "train/distill_logits": loss.logits,
@@ -246,7 +246,7 @@ class CausalLM(LightningModule):
         if gradient_clip_val and gradient_clip_algorithm not in (None, "norm"):
             raise InputError("trainer.gradient_clip_algorithm", "must be norm, to which gradients are clipped here")
         norm = guard_step(optimizer, gradient_clip_val, self.skipped)
-        self._log_at_interval(**{"train/gradient_norm": norm})
+        self._log_at_interval({"train/gradient_norm": norm})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Free the gradients after the step: Lightning would hold them through the next forward pass."""
