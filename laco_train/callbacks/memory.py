@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.distributed.tensor import DTensor
 
 from laco_train.callbacks.checkpoints import last_checkpoint
 from laco_train.training.memory import Phase, Situation, advice, asked_for, limit_gib, peak_gib
+from laco_train.training.parallel import local
 
 _DOING: dict[Phase, str] = {
     "before": "before training (loading, search, first validation)",
@@ -19,11 +19,15 @@ _DOING: dict[Phase, str] = {
 
 
 class Memory(Callback):
-    """Notes the phase of a run, and what the device holds between two steps."""
+    """Notes the phase of a run, and what the device holds between two steps.
+
+    Attributes:
+        held: bytes of weights, gradients and optimizer on this rank's GPU; None before training, and on a CPU.
+    """
 
     def __init__(self) -> None:
         self.phase: Phase = "before"
-        self._held: int | None = None
+        self.held: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first step comes next."""
@@ -34,10 +38,10 @@ class Memory(Callback):
         self.phase = "step"
         device = trainer.strategy.root_device
         if device.type == "cuda":
-            self._held = torch.cuda.memory_allocated(device)
+            self.held = torch.cuda.memory_allocated(device)
             one = next((p for p in pl_module.parameters() if p.requires_grad), None)
             if one is not None and one.grad is None:
-                self._held += gradient_bytes(pl_module)
+                self.held += gradient_bytes(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -76,7 +80,7 @@ class Memory(Callback):
             phase=self.phase,
             accumulate=trainer.accumulate_grad_batches,
             gpu=gpu,
-            free_gib=None if self._held is None else limit - self._held / 2**30,
+            free_gib=None if self.held is None else limit - self.held / 2**30,
             **recipe,
         )
         asked = asked_for(error)
@@ -90,4 +94,4 @@ class Memory(Callback):
 def gradient_bytes(module: torch.nn.Module) -> int:
     """Memory that the gradients of this process take once they are there."""
     trainable = [p for p in module.parameters() if p.requires_grad]
-    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in trainable)
+    return sum(local(p).nbytes for p in trainable)

@@ -11,15 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from laco_train.callbacks.curves import Curves
+from laco_train.callbacks.evaluate_tasks import EvaluateTasks
 from laco_train.callbacks.layer_collapse import LayerCollapse
+from laco_train.callbacks.memory import Memory
+from laco_train.callbacks.samples import Samples
 from laco_train.files import write_whole
 from laco_train.training.module import CausalLM
 
 _POINT = ("step", "tokens", "loss", "seconds")
 
 
-def write_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer) -> None:
-    """Keep the run's outcome as summary.json in its folder, for whoever compares runs."""
+def write_summary(
+    collapse: LayerCollapse, curves: Curves, memory: Memory, tasks: EvaluateTasks, samples: Samples, trainer: Trainer
+) -> None:
+    """Keep the run's outcome as summary.json in its folder, for whoever compares runs; memory is that of rank 0."""
     plan, use, module = collapse.plan, curves.utilisation, trainer.lightning_module
     assert plan is not None and isinstance(module, CausalLM)
     speed = curves.tokens_per_second
@@ -32,6 +37,8 @@ def write_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer) -> 
         "parameters": dataclasses.asdict(plan.parameters),
         "losses": {**collapse.losses, "trained": curves.validation[-1][2]},
         "validation": [dict(zip(_POINT, point, strict=True)) for point in curves.validation],
+        "evaluation": [dataclasses.asdict(accuracy) for accuracy in tasks.found],
+        "samples": {"prompts": list(samples.prompts), **samples.written},
         "data": trainer.datamodule.summary(),  # type: ignore[attr-defined]
         "steps": trainer.global_step,
         "tokens": curves.tokens,
@@ -45,6 +52,7 @@ def write_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer) -> 
         "kernels": str(module.kernels),
         "checkpointed_layers": module.checkpointed,
         "peak_gib": None if peak is None else peak / 2**30,
+        "state_gib": None if memory.held is None else memory.held / 2**30,
     }
     path = Path(str(trainer.log_dir)) / "summary.json"
     write_whole(path, json.dumps(values, indent=1) + "\n")

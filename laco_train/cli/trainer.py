@@ -12,7 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from laco_train.callbacks.budget import StopAtBudget
@@ -21,6 +22,7 @@ from laco_train.callbacks.curves import Curves
 from laco_train.callbacks.divergence import Divergence
 from laco_train.callbacks.duration import EstimateDuration
 from laco_train.callbacks.evaluate_at import EvaluateAt
+from laco_train.callbacks.evaluate_tasks import EvaluateTasks
 from laco_train.callbacks.event_files import MarkEventFiles
 from laco_train.callbacks.kernels import ReportKernels
 from laco_train.callbacks.layer_collapse import LayerCollapse
@@ -28,8 +30,10 @@ from laco_train.callbacks.memory import Memory
 from laco_train.callbacks.newest_checkpoint import NewestCheckpoint
 from laco_train.callbacks.preemption import StopOnSignal
 from laco_train.callbacks.progress import RunProgressBar
+from laco_train.callbacks.samples import Moment, Samples
 from laco_train.callbacks.seeds import SeedSteps
 from laco_train.callbacks.utilisation import Utilisation
+from laco_train.cli.loggers import loggers_of, remove_csv_folder, remove_empty, replaces_own
 from laco_train.cli.parsing import OneLineErrors, add_recipe_flag, resolve_arguments
 from laco_train.cli.quiet import quieten
 from laco_train.cli.ranks import ending_children, part_ranks, rank_zero_speaks_first
@@ -50,6 +54,7 @@ from laco_train.collapse.composition import from_the_first_model, plan_of_source
 from laco_train.collapse.families import depth_of
 from laco_train.collapse.similarity import read_calibration
 from laco_train.errors import InputError, TrainingStopped
+from laco_train.evaluation.in_run import prompts_of, questions_of
 from laco_train.export import CardFacts, export_folder, refuse_nonempty, save_adapter
 from laco_train.models import load_config, load_tokenizer
 from laco_train.precision import named_dtype, weights_dtype
@@ -58,6 +63,7 @@ from laco_train.settings import (
     BudgetSettings,
     CollapseSettings,
     DataSettings,
+    EvaluationSettings,
     ExportSettings,
     ModelSettings,
     RoundSettings,
@@ -65,6 +71,7 @@ from laco_train.settings import (
     check_budget,
     check_collapse,
     check_data,
+    check_evaluation,
     check_export,
     check_model,
 )
@@ -156,6 +163,8 @@ class RecipeCLI(LightningCLI):
         self.budget_settings: BudgetSettings = self._get(self.config_init, "budget")
         self.speed_settings: SpeedSettings = self._get(self.config_init, "speed")
         check_budget(self.budget_settings)
+        self.evaluation_settings: EvaluationSettings = self._get(self.config_init, "evaluation")
+        check_evaluation(self.evaluation_settings)
         if self.subcommand == "fit":
             self.recipe = self.config_init["fit"].name or self.recipe
         self.earlier = self._earlier_run() if self.subcommand == "fit" else None
@@ -165,9 +174,12 @@ class RecipeCLI(LightningCLI):
         self.load_tokenizer = partial(load_tokenizer, s.source, trust_remote_code=s.trust_remote_code)
         self.model = CausalLM(s, self.dtype, self.speed_settings, self.budget_settings)
         self.datamodule = PackedText(self.data_settings, self.load_tokenizer)
+        self.samples = Samples(prompts_of(self.evaluation_settings))
         self.collapse = self._collapse_callback()
         self.utilisation, self.memory = Utilisation(), Memory()
         self.curves = Curves(self.collapse, self.utilisation)
+        tasks = questions_of(self.evaluation_settings) if self.subcommand == "fit" else []
+        self.tasks = EvaluateTasks(self.evaluation_settings, tasks, self.load_tokenizer, self.curves)
         self.trainer = self.instantiate_trainer()
         check_sizes(self.trainer)
         if self.subcommand == "fit":
@@ -180,7 +192,7 @@ class RecipeCLI(LightningCLI):
     def _earlier_run(self) -> EarlierRun | None:
         """What --resume goes on with; its checkpoint becomes that of fit."""
         given, trainer = self.config_init["fit"], self._get(self.config_init, "trainer")
-        check_options(given.resume, given.run, given.ckpt_path, trainer.get("logger") not in (None, True))
+        check_options(given.resume, given.run, given.ckpt_path, replaces_own(trainer.get("logger")))
         if given.resume is None:
             return None
         say = rank_zero_only(partial(print, flush=True))
@@ -221,20 +233,26 @@ class RecipeCLI(LightningCLI):
         self.checkpoint = None if path is None else read_checkpoint(Path(path), "--ckpt_path")
         if self.checkpoint is None:
             seed = int(self._get(self.config_init, "seed_everything"))
-            return LayerCollapse(self.collapse_settings, self.recipe, seed=seed)
+            on_model = self._write_samples if self.samples.prompts else None
+            return LayerCollapse(self.collapse_settings, self.recipe, seed=seed, on_model=on_model)
         checkpoint = self.checkpoint
         losses = {name: value for name, value in checkpoint.losses.items() if name != "trained"}
         return LayerCollapse(self.collapse_settings, self.recipe, checkpoint.plan, losses)
 
+    def _write_samples(self, moment: Moment, model: nn.Module) -> None:
+        self.samples.write(moment, model, self.load_tokenizer())
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer with our callbacks, logging to lightning_logs/<recipe>/version_N unless told otherwise."""
         trainer_config = {**self._get(self.config_init, "trainer"), **kwargs}
-        if trainer_config.get("logger") in (None, True):
-            trainer_config["logger"] = self._logger(trainer_config.get("default_root_dir") or ".")
+        own = partial(self._logger, trainer_config.get("default_root_dir") or ".")
+        trainer_config["logger"] = loggers_of(trainer_config.get("logger"), own)
         if self.budget_settings.max_tokens is not None and trainer_config.get("max_epochs") is None:
             trainer_config["max_epochs"] = -1  # else Lightning would end the run after 1000
         callbacks = [self.memory, self.collapse, StopAtBudget(), self.utilisation, EstimateDuration(self.utilisation)]
         callbacks += [ReportKernels(), self.curves, EvaluateAt(self.curves), Divergence()]
+        callbacks += [self.tasks] if self.tasks.tasks else []
+        callbacks += [self.samples] if self.samples.prompts else []
         self.signals, seeds = StopOnSignal(), SeedSteps(self._get(self.config_init, "seed_everything"))
         callbacks += [seeds, MarkEventFiles(), self.signals, *self._checkpoints(trainer_config)]
         trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), VerifiedCheckpointIO()]
@@ -311,10 +329,9 @@ class RecipeCLI(LightningCLI):
         self.trainer.logger.finalize("failed")
         for events in folder.glob("events.*"):
             events.unlink()
-        for empty in (folder, *folder.parents[: self._depth_of_folder - 1]):
-            if not empty.is_dir() or any(empty.iterdir()):
-                return
-            empty.rmdir()
+        remove_empty(folder, self._depth_of_folder)
+        for logger in self.trainer.loggers:
+            remove_csv_folder(logger)
 
     def before_fit(self) -> None:
         """Refuse a run whose export could not be written at its end; a run that goes on is tidied up first."""
@@ -330,28 +347,37 @@ class RecipeCLI(LightningCLI):
         if self.trainer.interrupted:
             return
         exports = self.export_settings.enabled and bool(self.trainer.log_dir)
-        weights = gathered(self.model) if exports and isinstance(self.model.lm, FSDPModule) else None
+        writes = bool(self.samples.prompts) and self.trainer.global_step > 0
+        weights = gathered(self.model) if (exports or writes) and isinstance(self.model.lm, FSDPModule) else None
         part_ranks()
         if not self.trainer.is_global_zero:
             return
-        folder = self._export(weights) if exports else None
+        model = self._whole_model(weights)
+        if writes:
+            self._write_samples("trained", model)
+        folder = self._export(model) if exports else None
         if self.trainer.log_dir:
-            write_summary(self.collapse, self.curves, self.trainer)
+            write_summary(self.collapse, self.curves, self.memory, self.tasks, self.samples, self.trainer)
         print_summary(self.collapse, self.curves, self.trainer, folder)
 
     def _export_to(self) -> Path:
         return Path(str(self.trainer.log_dir)) / "export"
 
-    def _export(self, gathered_weights: dict[str, Tensor] | None) -> Path:
+    def _whole_model(self, gathered_weights: dict[str, Tensor] | None) -> nn.Module:
+        """What was trained: where it trained, or on the CPU if it was sharded."""
+        if gathered_weights is None:
+            return self.model.lm.to(self.trainer.strategy.root_device)  # Lightning has moved it away
+        assert isinstance(self.collapse.plan, CollapsePlan)
+        whole: nn.Module = rebuilt(self.model_settings, self.dtype, self.collapse.plan, gathered_weights)
+        return whole
+
+    def _export(self, model: nn.Module) -> Path:
         output = self._export_to()
         plan = self.collapse.plan
         assert isinstance(plan, CollapsePlan)
         whole = from_the_first_model(plan, self.model_settings.source)
         name = self.export_settings.dtype
-        model = self.model.lm
-        if gathered_weights is not None:
-            model = rebuilt(self.model_settings, self.dtype, plan, gathered_weights)
-        if self.model_settings.method == "lora" and not (output.parent / "adapter").exists():
+        if isinstance(model, PeftModel) and not (output.parent / "adapter").exists():
             save_adapter(model, output.parent / "adapter")
         if output.exists():  # it appears whole or not at all, so the run was killed right after it
             return output

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from laco_train.training.parallel import local
 
 _STATES = ("exp_avg", "exp_avg_sq", "low")
 
@@ -57,21 +58,21 @@ class BF16AdamW(torch.optim.Optimizer):
         parameters = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not parameters:
             return loss
-        device = _local(parameters[0][1]).device
+        device = local(parameters[0][1]).device
         zero, one = (torch.tensor(value, dtype=torch.float32, device=device) for value in (0.0, 1.0))
         found = zero if self.found_inf is None else self.found_inf.to(device, torch.float32).reshape(())
         scale = one if self.grad_scale is None else self.grad_scale.to(device, torch.float32).reshape(())
         steps = [self._state(p)["step"] for _, p in parameters]
         torch._foreach_add_(steps, torch.where(found == 0, one, zero))
         for number, (group, p) in enumerate(parameters):
-            tensors = {name: _local(value) for name, value in self._state(p).items() if name in _STATES}
-            update(_local(p), _local(p.grad), tensors, steps[number], scale, found, group, salt=number)
+            tensors = {name: local(value) for name, value in self._state(p).items() if name in _STATES}
+            update(local(p), local(p.grad), tensors, steps[number], scale, found, group, salt=number)
         return loss
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=_local(p).device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=local(p).device)
             # the dropped bits pose as bfloat16, as torch casts every state to the parameter's type when it loads one
             for name in _STATES if self.exact and p.dtype == torch.bfloat16 else _STATES[:2]:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -81,10 +82,6 @@ class BF16AdamW(torch.optim.Optimizer):
 def has_triton() -> bool:
     """Whether kernels written in Triton can be compiled here."""
     return importlib.util.find_spec("triton") is not None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def update(

@@ -3,48 +3,29 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from laco_train.collapse import decoder_of
 from laco_train.training.loss import base_of
+from laco_train.training.parallel import local
 
 # What the allocator loses to fragments, and what kernels ask for beside it.
 _USABLE = 0.94
 
 
-def fewest_layers(depth: int, peak_of: Callable[[int], int], usable: int) -> int:
-    """How many layers must recompute so that a step's peak stays within `usable` bytes, by halving.
+def fewest_layers(depth: int, peak: int, held: int, usable: int) -> int:
+    """How many layers must recompute so that a step stays within `usable` bytes.
 
-    The peak falls with that number, but in no straight line: while few layers keep their activations it may lie
-    elsewhere, as in the loss.
+    At any moment a layer that keeps its activations adds at most those to what is there when all recompute, so the
+    answer is on the safe side, and no trial has to run out of memory, which ranks in step could not survive.
 
     Args:
         depth: number of layers.
-        peak_of: peak bytes of a step if so many layers recompute; may raise torch.OutOfMemoryError.
-
-    Raises:
-        torch.OutOfMemoryError: even with all of them.
+        peak: peak bytes of a step if all recompute.
+        held: bytes of activations that one layer holds for the backward pass if it does not recompute.
     """
-    if _fits(0, peak_of, usable):
-        return 0
-    too_few, enough = 0, depth
-    if peak_of(depth) > usable:
-        return depth
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        if _fits(middle, peak_of, usable):
-            enough = middle
-        else:
-            too_few = middle
-    return enough
-
-
-def _fits(layers: int, peak_of: Callable[[int], int], usable: int) -> bool:
-    try:
-        return peak_of(layers) <= usable
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return False
+    keep = (usable - peak) // held if held > 0 else depth
+    return depth - max(0, min(depth, keep))
 
 
 def usable_bytes(device: torch.device) -> int:
@@ -58,7 +39,7 @@ def usable_bytes(device: torch.device) -> int:
 def measured_layers(
     model: nn.Module,
     arrange: Callable[[int], None],
-    step: Callable[[], None],
+    forward: Callable[[], Tensor],
     optimizer_bytes: int,
     batches: int,
     device: torch.device,
@@ -67,39 +48,43 @@ def measured_layers(
 
     Args:
         arrange: lets so many layers recompute.
-        step: a forward and a backward pass on a batch as training has them; it leaves gradients.
+        forward: loss of a batch as in training.
         optimizer_bytes: of the optimizer's states, which don't exist yet.
         batches: that are accumulated to a step.
     """
     depth = len(decoder_of(base_of(model)).stack)
-    usable = usable_bytes(device)
     reserve = torch.empty(optimizer_bytes, dtype=torch.uint8, device=device)
 
-    def peak_of(layers: int) -> int:
+    def after_forward(layers: int, times: int) -> int:
+        """Bytes after the last of so many forward passes, each followed by a backward pass."""
         arrange(layers)
-        torch.cuda.reset_peak_memory_stats(device)
-        try:
-            for _ in range(min(batches, 2)):  # from the second on, gradients are there beside the activations
-                step()
-            return torch.cuda.max_memory_allocated(device)
-        finally:
-            model.zero_grad(set_to_none=True)
+        for _ in range(times):
+            loss = forward()
+            held = torch.cuda.memory_allocated(device)
+            loss.backward()
+        model.zero_grad(set_to_none=True)
+        return held
 
     try:
         with torch.random.fork_rng(devices=[device]):
-            layers = fewest_layers(depth, peak_of, usable)
+            after_forward(depth, 1)  # compiles, and makes what stays
+            torch.cuda.reset_peak_memory_stats(device)
+            # from the second batch on, gradients are there beside the activations
+            after_forward(depth, min(batches, 2))
+            peak = torch.cuda.max_memory_allocated(device)
+            held = after_forward(depth - 1, 1) - after_forward(depth, 1)
     finally:
         del reserve
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    return layers
+    return fewest_layers(depth, peak, held, usable_bytes(device))
 
 
 def optimizer_bytes(model: nn.Module, *, eight_bit: bool, exact: bool) -> int:
-    """Bytes of AdamW's states for the trainable parameters of `model`."""
+    """Bytes of AdamW's states for the trainable parameters of `model`, or for this rank's shards of them."""
     total = 0
     for p in model.parameters():
         if p.requires_grad:
             each = 2.1 if eight_bit else 2 * p.element_size() + (2 if exact and p.dtype == torch.bfloat16 else 0)
-            total += int(each * p.numel())
+            total += int(each * local(p).numel())
     return total

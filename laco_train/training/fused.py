@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from laco_train.errors import InputError
@@ -18,6 +18,7 @@ from laco_train.training.attention import set_document_attention
 from laco_train.training.bf16_adamw import has_triton
 from laco_train.training.linear_loss import linear_loss
 from laco_train.training.loss import Batch, base_of, causal_lm_loss, model_inputs, next_tokens
+from laco_train.training.parallel import as_forward
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 # Two ways of rounding in half precision differ by less; a missing mask or cap differs by more.
@@ -56,13 +57,17 @@ PLAIN = Kernels()
 
 def fused_loss(model: nn.Module, batch: Batch) -> Tensor:
     """What `causal_lm_loss` gives, without storing logits; the head must be a plain linear map."""
-    base = base_of(model)
-    states = base.base_model(**model_inputs(model, batch)).last_hidden_state
-    weight = base.get_output_embeddings().weight
-    # autocast's matrix products take this type anyway
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else states.dtype
-    with torch.autocast("cuda", enabled=False):
-        return linear_loss(states.flatten(0, 1).to(dtype), weight, next_tokens(batch).flatten(), compiled=True)
+    base, inputs = base_of(model), model_inputs(model, batch)
+
+    def work() -> Tensor:
+        states = base.base_model(**inputs).last_hidden_state
+        weight = base.get_output_embeddings().weight
+        # autocast's matrix products take this type anyway
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else states.dtype
+        with torch.autocast("cuda", enabled=False):
+            return linear_loss(states.flatten(0, 1).to(dtype), weight, next_tokens(batch).flatten(), compiled=True)
+
+    return as_forward(model, work)
 
 
 def check_kernels(settings: SpeedSettings, device: torch.device) -> None:
@@ -97,15 +102,10 @@ def choose(
         attention = _half_precision(model, reasons) and _same(
             model, probe, expected, causal_lm_loss, attention=True, reasons=reasons
         )
-        sharded = isinstance(strategy, ModelParallelStrategy)
-        if sharded:
-            reasons.append("layers and loss stay plain where weights are sharded")
-            loss = False
-        else:
-            loss = _plain_head(model, probe, reasons) and _same(
-                model, probe, expected, fused_loss, attention=attention, reasons=reasons
-            )
-    return Kernels(attention, loss, not sharded, tuple(reasons)), fused_loss if loss else causal_lm_loss
+        loss = _plain_head(model, probe, reasons) and _same(
+            model, probe, expected, fused_loss, attention=attention, reasons=reasons
+        )
+    return Kernels(attention, loss, True, tuple(reasons)), fused_loss if loss else causal_lm_loss
 
 
 def _missing(device: torch.device) -> str:
@@ -158,8 +158,11 @@ def _plain_head(model: nn.Module, probe: Batch, reasons: list[str]) -> bool:
         logits = model(**inputs).logits.float()
     finally:
         enlarging.remove()
-    states = base.base_model(**inputs).last_hidden_state
-    product = _ENLARGED * nn.functional.linear(states, head.weight).float()
+
+    def product_with_states() -> Tensor:
+        return nn.functional.linear(base.base_model(**inputs).last_hidden_state, head.weight)
+
+    product = _ENLARGED * as_forward(model, product_with_states).float()
     if float((logits - product).norm()) > _TOLERANCE * float(product.norm()):
         reasons.append("loss: the model does more to its logits")
         return False

