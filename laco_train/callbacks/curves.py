@@ -12,10 +12,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from laco_train.callbacks.clock import TrainingClock
 from laco_train.callbacks.divergence import not_finite
 from laco_train.callbacks.layer_collapse import LayerCollapse
+from laco_train.callbacks.loggers import log_to_all
 from laco_train.callbacks.utilisation import Utilisation
 from laco_train.training.interval import logs_after
 from laco_train.training.loss import Batch, mean_loss
 from laco_train.training.memory import peak_gib
+from laco_train.training.module import CausalLM
 
 
 class Curves(Callback):
@@ -29,7 +31,7 @@ class Curves(Callback):
         utilisation: tells which share of the device's rate a speed is.
 
     Attributes:
-        tokens: tokens trained on so far, over all devices.
+        tokens: tokens trained on so far, over all devices, those of refinement before training included.
         validation: (step, tokens, loss, seconds) of every validation, the collapsed model first; see `seconds`.
         clock: runs while training does.
     """
@@ -50,32 +52,37 @@ class Curves(Callback):
     @property
     def seconds(self) -> float:
         """Time that the tokens so far took at the mean speed: validation, checkpoints and compilation aside."""
-        speed = self.tokens_per_second
-        return 0.0 if speed is None else self.tokens / speed
+        speed, refinement = (
+            self.tokens_per_second,
+            None if self.collapse.plan is None else self.collapse.plan.refinement,
+        )
+        before = (0, 0.0) if refinement is None else (refinement.tokens, refinement.seconds)
+        return before[1] + (0.0 if speed is None else (self.tokens - before[0]) / speed)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the curves with what was measured before training."""
         self._since = None
         self.clock.reset()
         if not self.validation and "collapsed" in self.collapse.losses:
+            assert isinstance(pl_module, CausalLM)
+            self.tokens = pl_module.refined_tokens
             self._log_start(trainer)
 
     def _log_start(self, trainer: Trainer) -> None:
         collapsed = self.collapse.losses["collapsed"]
-        self.validation.append((0, 0, collapsed, 0.0))
+        self.validation.append((0, self.tokens, collapsed, self.seconds))
         values = {"val/loss": collapsed}
         values["val/perplexity"] = math.exp(min(collapsed, 700))
-        if trainer.logger is not None:
-            trainer.logger.log_metrics(values, step=0)
-        self._by_tokens(trainer, values)
+        log_to_all(trainer, values, 0)
+        self.by_tokens(trainer, values)
         self._draw_original(trainer)
 
     def _draw_original(self, trainer: Trainer) -> None:
         # again at each validation: a single point would be no line to compare with
-        if "original" in self.collapse.losses and trainer.logger is not None:
+        if "original" in self.collapse.losses:
             values = {"val/loss_original": self.collapse.losses["original"]}
-            trainer.logger.log_metrics(values, step=trainer.global_step)
-            self._by_tokens(trainer, values)
+            log_to_all(trainer, values, trainer.global_step)
+            self.by_tokens(trainer, values)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Let the clock run, the first batch aside, in which layers are compiled."""
@@ -104,7 +111,7 @@ class Curves(Callback):
         self._since = (time.perf_counter(), self.tokens)
         pl_module.log("train/tokens", float(self.tokens))
         pl_module.log("train/peak_gib", peak_gib(trainer.strategy.root_device))
-        self._by_tokens(trainer, values)
+        self.by_tokens(trainer, values)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -116,9 +123,10 @@ class Curves(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Time spent validating is no training time."""
-        self._pause(trainer)
+        self.pause(trainer)
 
-    def _pause(self, trainer: Trainer) -> None:
+    def pause(self, trainer: Trainer) -> None:
+        """What follows is no training, until the next batch."""
         self._since = None
         self.clock.stop(self.tokens, trainer.strategy.root_device)
 
@@ -128,12 +136,12 @@ class Curves(Callback):
             return
         values = {name: float(trainer.callback_metrics[name]) for name in ("val/loss", "val/perplexity")}
         self._add_point(trainer, values["val/loss"])
-        self._by_tokens(trainer, values)
+        self.by_tokens(trainer, values)
         self._draw_original(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the curve where training ended, if the last validation was earlier."""
-        self._pause(trainer)
+        self.pause(trainer)
         if not self.validation or self.validation[-1][0] != trainer.global_step:
             self.measure(trainer, pl_module)
 
@@ -143,7 +151,7 @@ class Curves(Callback):
         Raises:
             TrainingStopped: the loss is not finite.
         """
-        self._pause(trainer)
+        self.pause(trainer)
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         context = trainer.precision_plugin.val_step_context
         total = partial(trainer.strategy.reduce, reduce_op="sum")
@@ -152,9 +160,8 @@ class Curves(Callback):
             raise not_finite(trainer)
         self._add_point(trainer, loss)
         values = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700))}
-        if trainer.logger is not None:
-            trainer.logger.log_metrics(values, step=trainer.global_step)
-        self._by_tokens(trainer, values)
+        log_to_all(trainer, values, trainer.global_step)
+        self.by_tokens(trainer, values)
         self._draw_original(trainer)
 
     def _add_point(self, trainer: Trainer, loss: float) -> None:
@@ -162,7 +169,8 @@ class Curves(Callback):
         earlier = self.validation[-1][3] if self.validation else 0.0
         self.validation.append((trainer.global_step, self.tokens, loss, max(earlier, self.seconds)))
 
-    def _by_tokens(self, trainer: Trainer, values: dict[str, float]) -> None:
+    def by_tokens(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Show `values`, by tag, on the axis of tokens."""
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
             for name, value in values.items():
                 trainer.logger.experiment.add_scalar(f"by_tokens/{name}", value, self.tokens)

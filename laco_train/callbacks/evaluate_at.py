@@ -1,6 +1,5 @@
 """Measures the validation loss at chosen shares of a run's tokens, beside Lightning's own interval."""
 
-import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,10 +9,9 @@ from laco_train.training.loss import Batch
 from laco_train.training.module import CausalLM
 
 
-def steps_at(shares: list[float], steps: int) -> set[int]:
-    """Optimizer steps, of a run of `steps`, that reach these shares of its tokens; 1 or more each."""
-    # 0.07 * 100 is a little above 7
-    return {max(1, math.ceil(round(share * steps, 6))) for share in shares}
+def ends_step(trainer: Trainer, steps: set[int]) -> bool:
+    """Whether the batch that is done now was the last one of an optimizer step among `steps`."""
+    return trainer.global_step in steps and not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 class EvaluateAt(Callback):
@@ -30,15 +28,14 @@ class EvaluateAt(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The length of the run is known."""
         assert isinstance(pl_module, CausalLM)
-        steps = pl_module.total_steps()
-        self._steps = steps_at(pl_module.budget.evaluate_at, steps) - {steps}
+        self._steps = pl_module.steps_at(pl_module.budget.evaluate_at) - {pl_module.total_steps()}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Measure after the last batch of such a step."""
         loop = trainer.fit_loop.epoch_loop
-        if trainer.global_step not in self._steps or loop._should_accumulate():
+        if not ends_step(trainer, self._steps):
             return
         if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
             self.curves.measure(trainer, pl_module)

@@ -6,6 +6,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from laco_train.callbacks.loggers import log_to_all
+
 EVENT_FILES = "event_files"
 """Key in a checkpoint: length in bytes of each event file of its run, by name, as the checkpoint was saved."""
 _UNLOGGED = "unlogged"
@@ -37,8 +39,8 @@ class MarkEventFiles(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log it."""
-        if self._unlogged is not None and trainer.logger is not None:
-            trainer.logger.log_metrics(*self._unlogged)
+        if self._unlogged is not None:
+            log_to_all(trainer, *self._unlogged)
             self._unlogged = None
 
 

@@ -1,23 +1,27 @@
 """Collapses the model before the optimizer exists, and measures what that cost."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 from laco_train.collapse import CollapsePlan, apply_plan, collapse_model, decoder_of, placement_for
 from laco_train.collapse.decoder import collapsible, keep_layers
 from laco_train.collapse.report import describe, similarity_figure
 from laco_train.collapse.similarity import read_calibration
+from laco_train.errors import InputError
 from laco_train.models import load_tokenizer
 from laco_train.progress import bar, search_progress
+from laco_train.refine import Place, refine, refining
 from laco_train.settings import CollapseSettings
 from laco_train.training.loss import Batch, mean_loss
 from laco_train.training.module import CHECKPOINT_KEY, CausalLM
@@ -39,6 +43,8 @@ class LayerCollapse(Callback):
         plan: the plan of the run being resumed.
         losses: losses measured when that run began, by name.
         seed: of the weights, where model.from_scratch draws them anew.
+        on_model: called on rank 0 of a fit, with "original" and "collapsed", while that model is whole in memory; not
+            with an original that is larger than the device.
     """
 
     def __init__(
@@ -48,7 +54,9 @@ class LayerCollapse(Callback):
         plan: CollapsePlan | None = None,
         losses: dict[str, float] | None = None,
         seed: int = 0,
+        on_model: Callable[[Literal["original", "collapsed"], PreTrainedModel], None] | None = None,
     ):
+        self.on_model = on_model
         self.settings = settings
         self.recipe = recipe
         self.seed = seed
@@ -77,17 +85,33 @@ class LayerCollapse(Callback):
             return self.plan, self.losses
         device = trainer.strategy.root_device
         losses: dict[str, float] = {}
-        if stage == "fit" and placement_for(decoder_of(model), self.settings, device) == "stream":
+        streamed = placement_for(decoder_of(model), self.settings, device) == "stream"
+        looks = self.on_model if stage == "fit" else None
+        if stage == "fit" and streamed:
             print("The original is larger than the device: its validation loss is not measured.", flush=True)
         elif stage == "fit":
             model.to(device)
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             losses["original"] = self._measure(trainer, pl_module, "original", data.all_validation())
+            if looks is not None:
+                looks("original", model)
+        refines = self.settings.refine.tokens > 0 and not pl_module.settings.from_scratch and stage == "fit"
+        if refines and streamed:
+            raise InputError(
+                "collapse.refine.tokens", "needs the original on the device, which is smaller; set it to 0"
+            )
+        original = copy.deepcopy(model) if refines else None
         plan = self._search(pl_module, device)
+        if original is not None:
+            plan = self._refined(trainer, pl_module, original, plan)
         if pl_module.settings.from_scratch:
             model.to("cpu")
             draw_weights(model, self.seed)
             print("All weights are drawn anew: only the shape is that of the collapsed model.", flush=True)
+        if looks is not None:
+            if not streamed:
+                model.to(device)
+            looks("collapsed", model)
         if stage == "fit" and plan.calibration is not None:
             self._report_overlap(trainer, pl_module)
         return plan, losses
@@ -130,6 +154,22 @@ class LayerCollapse(Callback):
             )
         for line in describe(plan):
             print(line, flush=True)
+        return plan
+
+    def _refined(
+        self, trainer: Trainer, pl_module: CausalLM, original: PreTrainedModel, plan: CollapsePlan
+    ) -> CollapsePlan:
+        r, data = self.settings.refine, trainer.datamodule  # type: ignore[attr-defined]
+        device, context = trainer.strategy.root_device, trainer.precision_plugin.train_step_context
+        collapsed: Any = pl_module.lm
+        print(f"Refining: {r.tokens:,} tokens, {100 * r.windows:.0f}% of them layer by layer", flush=True)
+        for model in (original, collapsed):
+            model.to(device)  # type: ignore[arg-type]  # Transformers wraps to() for bitsandbytes
+        with refining(collapsed, original, pl_module.speed, trainer.strategy, data, context):
+            batches = data.leading(r.tokens // data.settings.block_size, r.batch_size)
+            plan = refine(original, collapsed, plan, batches, r, Place(device, context))
+        assert plan.refined is not None
+        print(f"Refined in {plan.refined.seconds:.1f} s", flush=True)
         return plan
 
     def _report_overlap(self, trainer: Trainer, pl_module: CausalLM) -> None:

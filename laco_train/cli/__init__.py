@@ -23,6 +23,7 @@ verbs:
   study     arms under one budget:         study --recipe RECIPE [--arms laco,sleb]
   compare   runs that exist:               compare RUN_OR_EXPORT ... [--output DIR] [--reference NAME]
   evaluate  tasks, perplexity, samples:    evaluate --model DIR --tasks T1,T2 [--baseline DIR]
+  bench-inference  speed and memory:       bench-inference MODEL ... [--batch-sizes 1,4,16]
 
 RECIPE is a path, a name under ./recipes, or the name of a recipe that the package ships.
 `VERB --help` explains every key; `VERB --recipe RECIPE --print_config` prints a recipe with its comments."""
@@ -67,6 +68,7 @@ def _verbs() -> dict[str, Callable[[list[str]], None]]:
         "study": _study,
         "compare": _compare,
         "evaluate": _evaluate,
+        "bench-inference": _bench_inference,
     }
 
 
@@ -120,5 +122,11 @@ def _compare(args: list[str]) -> None:
 
 def _evaluate(args: list[str]) -> None:
     from laco_train.cli.evaluate import run
+
+    run(args)
+
+
+def _bench_inference(args: list[str]) -> None:
+    from laco_train.cli.bench_inference import run
 
     run(args)

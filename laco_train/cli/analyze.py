@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
 
 def parser() -> VerbParser:
-    """The verb's parser; sections that only training reads are accepted and left alone."""
+    """The verb's parser."""
     sections = {"model": ModelSettings, "collapse": CollapseSettings, "sweep": SweepSettings}
     description = "Compare the layers of a model, and sweep over settings of the collapse; the model stays as it is."
-    return verb_parser(
-        "analyze", description, sections, unread=("data", "budget", "speed", "rounds", "trainer", "export")
-    )
+    return verb_parser("analyze", description, sections)
 
 
 def run(args: list[str]) -> None:
@@ -58,7 +56,7 @@ def run(args: list[str]) -> None:
     depth = depth_of(load_config(s.source, trust_remote_code=s.trust_remote_code))
     check_sweep(sweep_settings, depth)
     tokenizer = load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)
-    dtype = weights_dtype(s.dtype, str(config.trainer.get("precision") or "32-true"))
+    dtype = weights_dtype(s.dtype, str((config.trainer or {}).get("precision") or "32-true"))
     print(f"Loading {s.source} as {str(dtype).removeprefix('torch.')}", flush=True)
     model = load_model(s.source, dtype=dtype, trust_remote_code=s.trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,13 +1,16 @@
 """`collapse --recipe R --output DIR`: search and write, no training."""
 
+import copy
 from pathlib import Path
 
 from laco_train.cli.parsing import VerbParser, resolve_arguments, verb_parser
 from laco_train.settings import (
     CollapseSettings,
+    DataSettings,
     ExportSettings,
     ModelSettings,
     check_collapse,
+    check_data,
     check_export,
     check_model,
 )
@@ -15,9 +18,9 @@ from laco_train.settings import (
 
 def parser() -> VerbParser:
     """The verb's parser; sections that only training reads are accepted and left alone."""
-    sections = {"model": ModelSettings, "collapse": CollapseSettings, "export": ExportSettings}
+    sections = {"model": ModelSettings, "collapse": CollapseSettings, "data": DataSettings, "export": ExportSettings}
     description = "Collapse a model and write it as a Hugging Face folder, without training."
-    return verb_parser("collapse", description, sections, unread=("data", "budget", "speed", "rounds", "trainer"))
+    return verb_parser("collapse", description, sections)
 
 
 def run(args: list[str]) -> None:
@@ -30,6 +33,7 @@ def run(args: list[str]) -> None:
     collapse_settings: CollapseSettings = ready.collapse
     check_model(model_settings)
     check_collapse(collapse_settings)
+    check_data(ready.data)
     check_export(ready.export)
 
     from laco_train.export import refuse_nonempty
@@ -44,20 +48,32 @@ def run(args: list[str]) -> None:
     from laco_train.collapse.report import describe
     from laco_train.export import CardFacts, export_folder
     from laco_train.models import load_config, load_model, load_tokenizer
-    from laco_train.precision import named_dtype, weights_dtype
+    from laco_train.precision import forward_context, named_dtype, weights_dtype
     from laco_train.progress import search_progress
+    from laco_train.refine import Place, refine
+    from laco_train.training.data import PackedText
 
     s = model_settings
     check_collapse(collapse_settings, depth_of(load_config(s.source, trust_remote_code=s.trust_remote_code)))
     tokenizer = load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)
-    dtype = weights_dtype(s.dtype, str(config.trainer.get("precision") or "32-true"))
+    precision = str((config.trainer or {}).get("precision") or "32-true")
+    dtype = weights_dtype(s.dtype, precision)
     print(f"Loading {s.source} as {str(dtype).removeprefix('torch.')}", flush=True)
     model = load_model(s.source, dtype=dtype, trust_remote_code=s.trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    r = collapse_settings.refine
+    original = copy.deepcopy(model) if r.tokens else None
     with search_progress(collapse_settings) as on_candidate:
         model, plan = collapse_model(
             model, tokenizer, collapse_settings, source=s.source, device=device, on_candidate=on_candidate
         )
+    if original is not None:
+        for each in (original, model):
+            each.to(device)  # type: ignore[arg-type]  # Transformers wraps to() for bitsandbytes
+        data = PackedText(ready.data, lambda: tokenizer)
+        data.setup()
+        batches = data.leading(r.tokens // ready.data.block_size, r.batch_size)
+        plan = refine(original, model, plan, batches, r, Place(device, forward_context(precision, device)))
     print("\n".join(describe(plan)), flush=True)
     card = CardFacts(
         base_model=s.source, recipe=recipe or "", method=s.method, data={}, losses={}, tokens=0, steps=0, licence=None

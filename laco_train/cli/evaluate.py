@@ -39,7 +39,10 @@ def parser() -> VerbParser:
 def run(args: list[str]) -> None:
     """Check, measure, print and write."""
     config = parser().parse_args(args)
-    names = _task_names(config.tasks)
+
+    from laco_train.evaluation.groups import named_tasks
+
+    names = named_tasks([name.strip() for name in config.tasks.split(",") if name.strip()])
     _check_numbers(config.limit, config.batch_size)
     if not (names or config.perplexity or config.samples):
         raise InputError("--tasks", "is empty, and neither --perplexity nor --samples is asked for; name a measure")
@@ -56,6 +59,7 @@ def run(args: list[str]) -> None:
     from laco_train.evaluation.report import notes, rich_table, tables, write_evaluation
     from laco_train.evaluation.run import Measures, check_models, chosen_device, measure_all, named_models, read_text
     from laco_train.evaluation.samples import PROMPTS, read_prompts
+    from laco_train.evaluation.suite import chosen_suite
 
     device = chosen_device(config.device)
     models = named_models([*([config.baseline] if config.baseline else []), *config.model])
@@ -64,7 +68,7 @@ def run(args: list[str]) -> None:
     text = None if config.perplexity is None else read_text(config.perplexity)
     check_models(models, None if text is None else config.block)
     what = Measures(
-        tasks=load_tasks(names, _suite(config.suite)) if names else [],
+        tasks=load_tasks(names, chosen_suite(config.suite)) if names else [],
         limit=config.limit,
         text=text,
         block=config.block,
@@ -86,25 +90,8 @@ def run(args: list[str]) -> None:
     print(f"Page: {page}   numbers: evaluation.json beside it   tensorboard --logdir {output}", flush=True)
 
 
-def _task_names(tasks: str) -> list[str]:
-    from laco_train.evaluation.groups import SUITE
-
-    names = list(SUITE) if tasks == "all" else [name.strip() for name in tasks.split(",") if name.strip()]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError("--tasks", f"names {twice[0]} twice; drop one")
-    return names
-
-
 def _check_numbers(limit: int | None, batch_size: int) -> None:
     if limit is not None and limit < 1:
         raise InputError("--limit", f"must be 1 or more, is {limit}")
     if batch_size < 1:
         raise InputError("--batch-size", f"must be 1 or more, is {batch_size}")
-
-
-def _suite(named: str | None) -> Path | None:
-    from laco_train.evaluation.suite import checked_suite, installed_suite
-
-    if named == "none":
-        return None
-    return installed_suite() if named is None else checked_suite(Path(named).expanduser())

@@ -1,5 +1,6 @@
 """`export --checkpoint PATH --output DIR [--format F]`: a proven model folder from whatever holds a trained model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,10 @@ def parser() -> VerbParser:
     p.add_argument("--llama-cpp", type=str | None, default=None, help=where)
     unproven = "Write gguf without llama-cpp-python to prove it; it is then read back by Transformers only."
     p.add_argument("--unproven", action="store_true", help=unproven)
+    measured = "evaluation.json of evaluate, for the model card; NAME=FILE says which model in it is this one."
+    p.add_argument("--evaluation", nargs="+", type=str, default=[], help=measured)
+    trusted = "Run code that comes with the model of the checkpoint (Baichuan2, InternLM2), if you trust that code."
+    p.add_argument("--trust-remote-code", action="store_true", help=trusted)
     push = "Upload the folder to this repository of the Hugging Face Hub, private if it is new; null: no upload."
     p.add_argument("--push-to-hub", type=str | None, default=None, help=push)
     p.add_argument("--dry-run", action="store_true", help="With --push-to-hub: show what would be sent instead.")
@@ -105,16 +110,22 @@ def _export(config: Any, output: Path, form: "Format | None") -> None:
 
     from laco_train.export import export_folder
     from laco_train.export.converted import export_converted
+    from laco_train.export.measured import merged, read_evaluations
     from laco_train.export.source import KEY, read_source
     from laco_train.precision import named_dtype
+    from laco_train.training.loss import base_of
 
     keep = config.adapter == "keep"
     path = _find(Path(config.checkpoint), adapters=keep)
     print(f"Reading {path}", flush=True)
-    source = read_source(path)
+    source = read_source(path, trust_remote_code=config.trust_remote_code)
     if keep and not isinstance(source.model, PeftModel):
         raise InputError(KEY, f"{path} has no adapter to keep (its model.method is not lora); drop --adapter keep")
-    plan, card = source.plan, source.card
+    base = base_of(source.model)
+    parameters = sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name)  # as merged
+    layers = base.config.get_text_config().num_hidden_layers
+    measured = merged(source.card.evaluations, read_evaluations(config.evaluation, layers, parameters))
+    plan, card = source.plan, replace(source.card, evaluations=measured)
     if form is not None:
         export_converted(source.model, source.tokenizer, output, config.format, form, plan=plan, card=card)
         return

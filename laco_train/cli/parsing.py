@@ -1,17 +1,23 @@
 """What the parsers of all verbs share: one-line errors, and recipes found by name. Imports no torch."""
 
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, set_parsing_settings
 
+from laco_train.cli.recipe_text import check_recipe
+from laco_train.cli.values import check_values
 from laco_train.errors import InputError
 from laco_train.recipes import find_recipe
+from laco_train.settings import SECTIONS
 
 # --help shows the line under each field of laco_train.settings
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+# a class_path in what a verb only passes on, or leaves alone, would be made an object, which runs code
+set_parsing_settings(instantiate_subclass_spec_in_any=False)
+# its list of what runs commands, such as os and subprocess, is a list of warnings unless it is added to
+set_parsing_settings(import_path_denylist=[])
 
 _RECIPE_FLAGS = ("--recipe", "-r", "--config", "-c")
 # jsonargparse's messages that name the key in the middle; the rest begin with it
@@ -26,6 +32,21 @@ _NO_RECIPE = re.compile(r"(Problems parsing config|Unexpected config): ?(?P<prob
 
 class OneLineErrors:
     """Mixin of argument parsers: an error is an InputError instead of a usage text and an exit."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """What argparse gives, its numbers and texts checked.
+
+        Raises:
+            InputError: something that can't be parsed, or that nothing could work with.
+        """
+        try:
+            found = super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        except InputError:
+            raise
+        except (ValueError, OverflowError, RecursionError) as error:  # YAML's own, of numbers with too many digits
+            raise InputError("command line", f"can't be parsed ({error})") from None
+        check_values(found)
+        return found
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what argparse would print, shortened to the line that names the key."""
@@ -66,7 +87,7 @@ def resolve_arguments(args: list[str]) -> tuple[list[str], str | None]:
             if not value:
                 raise InputError("--recipe", "names no recipe")
             path = find_recipe(value)
-            _refuse_binary(path)
+            check_recipe(path)
             name = path.stem
             resolved += ["--recipe", str(path)]
         elif argument == "--print_config":
@@ -76,28 +97,22 @@ def resolve_arguments(args: list[str]) -> tuple[list[str], str | None]:
     return resolved, name
 
 
-def _refuse_binary(path: Path) -> None:
-    try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError("--recipe", f"{path} is not text; name a recipe in YAML") from None
-
-
-def verb_parser(verb: str, description: str, sections: Mapping[str, type], unread: Sequence[str]) -> VerbParser:
+def verb_parser(verb: str, description: str, sections: Mapping[str, type]) -> VerbParser:
     """Parser of a verb that reads a recipe and writes a folder, without a Trainer.
+
+    Sections of a recipe of fit that the verb does not read are accepted and left alone.
 
     Args:
         verb: its name.
         description: what it does, for --help.
         sections: the recipe's sections that it reads, and the dataclass of each.
-        unread: sections that only training reads, accepted and left alone.
     """
     p = VerbParser(prog=f"laco_train {verb}", description=description, print_config="--print_config")
     add_recipe_flag(p)
     p.add_argument("--output", type=str, required=True, help="Folder to write; must not exist or be empty.")
     for name, settings in sections.items():
         p.add_class_arguments(settings, name)
-    for name in unread:
+    for name in (name for name in (*SECTIONS, "rounds", "trainer") if name not in sections):
         p.add_argument(f"--{name}", type=dict[str, Any] | list[Any] | None, default=None, help=SUPPRESS)
     p.add_argument("--seed_everything", type=bool | int, default=0, help=SUPPRESS)
     return p

@@ -37,8 +37,8 @@ class RecordConfig(SaveConfigCallback):
         write_whole(path, self.parser.dump(self.config, skip_unset=False))
         leaves = [(f"{name}.{key}", value) for name in SECTIONS for key, value in self.config[name].items()]
         values = {key: value if isinstance(value, int | float) else str(value) for key, value in leaves}
-        if trainer.logger is not None:
-            trainer.logger.log_hyperparams(values)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(values)
         if isinstance(trainer.logger, TensorBoardLogger):  # which shows them beside a result only
             for summary in hparams(values, {"val/loss": 0}):
                 trainer.logger.experiment._get_file_writer().add_summary(summary)

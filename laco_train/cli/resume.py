@@ -22,6 +22,8 @@ _OPTIONS = ("resume", "run", "name", "ckpt_path")
 
 HARMLESS = {
     "data.num_workers": "the order of blocks does not depend on it",
+    "evaluation.batch_size": "how many questions are answered at a time",
+    "evaluation.suite": "where the questions are",
     "export.*": "only what is written at the end",
     "model.optimizer.max_skipped_steps": "when to give up, not what a step does",
     "trainer.barebones": "logging and checkpoints only",
@@ -29,6 +31,7 @@ HARMLESS = {
     "trainer.detect_anomaly": "checks only",
     "trainer.enable_*": "what is shown and kept",
     "trainer.inference_mode": "how gradients are left out of validation",
+    "trainer.logger*": "where curves go beside the run's own",
     "trainer.log_every_n_steps": "how many points a curve has",
     "trainer.max_time": "when to stop; the schedule does not depend on it",
     "trainer.num_sanity_val_steps": "checks before training only",
@@ -102,7 +105,7 @@ def newest_good(folder: Path, say: Callable[[str], None] = print) -> Path | None
 
 def refuse_other_recipe(run: EarlierRun, recipe: str) -> None:
     """InputError unless `recipe`, in YAML like config.yaml, is that of the run, harmless keys aside."""
-    then = dict(_leaves(yaml.safe_load((run.folder / CONFIG_FILE).read_text(encoding="utf-8"))))
+    then = dict(_leaves(_recorded(run.folder / CONFIG_FILE)))
     now = dict(_leaves(yaml.safe_load(recipe)))
     absent = "(not there)"
     changes = [
@@ -115,6 +118,17 @@ def refuse_other_recipe(run: EarlierRun, recipe: str) -> None:
             "--resume",
             f"the recipe is not that of {run.folder}: {'; '.join(changes)}; undo this, or start a new run without it",
         )
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """The recipe that a run kept; InputError if it is not what fit wrote."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError("--resume", f"{path} can't be read ({error}); the run can't be resumed") from None
+    if not isinstance(values, dict):
+        raise InputError("--resume", f"{path} holds no recipe; the run can't be resumed")
+    return values
 
 
 def is_harmless(key: str) -> bool:
@@ -141,7 +155,10 @@ def check_options(resume: str | None, run: str | None, ckpt_path: str | None, ow
     if resume is not None and ckpt_path is not None:
         raise InputError("--resume", "goes not with --ckpt_path; drop one")
     if resume is not None and own_logger:
-        raise InputError("--resume", "goes on in the folder and curves of fit's own logger; drop trainer.logger")
+        problem = (
+            "goes on in the folder and curves of fit's own TensorBoardLogger; drop what trainer.logger puts for it"
+        )
+        raise InputError("--resume", problem)
 
 
 def is_finished(folder: Path, exports: bool) -> bool:

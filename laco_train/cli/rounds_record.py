@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from laco_train.collapse import CollapsePlan
+from laco_train.study.curves import joined_samples
 
 Json = dict[str, Any]
 
@@ -53,12 +54,16 @@ def joined_summary(summaries: Sequence[Json], plan: CollapsePlan) -> Json:
     """
     last, records = summaries[-1], round_records(summaries)
     points: list[Json] = []
+    accuracies: list[Json] = []
     seconds, steps = 0.0, 0
     for one, record in zip(summaries, records, strict=True):
         moved = {"step": steps, "tokens": record["tokens_before"], "seconds": seconds}
         for point in one["validation"]:
             later = {name: point[name] + by for name, by in moved.items() if point.get(name) is not None}
             points.append({"round": record["round"], **point, **later})
+        for accuracy in one["evaluation"]:
+            places = {name: accuracy[name] + moved[name] for name in ("step", "tokens")}
+            accuracies.append({**accuracy, **places})
         steps, seconds = steps + one["steps"], seconds + one["training_seconds"]
     losses = {**summaries[0]["losses"], "trained": last["losses"]["trained"]}
     before, after = summaries[0]["parameters"]["before"], last["parameters"]["after"]
@@ -69,6 +74,8 @@ def joined_summary(summaries: Sequence[Json], plan: CollapsePlan) -> Json:
         "parameters": {"before": before, "after": after, "ratio": 1 - after / before},
         "losses": losses,
         "validation": points,
+        "evaluation": accuracies,
+        "samples": joined_samples([one["samples"] for one in summaries]),
         "steps": steps,
         "tokens": records[-1]["tokens_after"],
         "search_seconds": sum(one["search_seconds"] for one in summaries),

@@ -9,7 +9,15 @@ from jsonargparse import SUPPRESS
 
 from laco_train.cli.parsing import VerbParser, add_recipe_flag, resolve_arguments
 from laco_train.errors import InputError
-from laco_train.settings import SECTIONS, DataSettings, check_budget, check_collapse, check_data, check_model
+from laco_train.settings import (
+    SECTIONS,
+    DataSettings,
+    check_budget,
+    check_collapse,
+    check_data,
+    check_evaluation,
+    check_model,
+)
 from laco_train.study.settings import StudySettings, check_study, known
 
 if TYPE_CHECKING:
@@ -73,6 +81,11 @@ def checked(config: Any, name: str, p: VerbParser) -> "tuple[Study, list[str]]":
     depths = depths_at(settings.ratios, ready.model) if settings.ratios else {}
     study = Study(name, settings, shared, logs, depths)
     check_recipe(study.recipe(study.tasks(arms)[0], None))  # what is wrong in all arms is no arm's fault
+
+    from laco_train.evaluation.in_run import prompts_of, questions_of
+
+    questions_of(ready.evaluation)
+    prompts_of(ready.evaluation)
     sections = {arm: check_arm(study, arm) for arm in settings.arms}
     refuse_changed(study, arms)
     _say_disk(study, arms, sections)
@@ -126,6 +139,7 @@ def check_recipe(recipe: dict[str, Any]) -> Any:
     check_collapse(ready.collapse)
     check_data(ready.data)
     check_budget(ready.budget)
+    check_evaluation(ready.evaluation)
     return ready
 
 

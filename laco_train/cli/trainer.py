@@ -32,6 +32,7 @@ from laco_train.callbacks.preemption import StopOnSignal
 from laco_train.callbacks.progress import RunProgressBar
 from laco_train.callbacks.samples import Moment, Samples
 from laco_train.callbacks.seeds import SeedSteps
+from laco_train.callbacks.stopped_early import StayStopped
 from laco_train.callbacks.utilisation import Utilisation
 from laco_train.cli.loggers import loggers_of, remove_csv_folder, remove_empty, replaces_own
 from laco_train.cli.parsing import OneLineErrors, add_recipe_flag, resolve_arguments
@@ -56,6 +57,7 @@ from laco_train.collapse.similarity import read_calibration
 from laco_train.errors import InputError, TrainingStopped
 from laco_train.evaluation.in_run import prompts_of, questions_of
 from laco_train.export import CardFacts, export_folder, refuse_nonempty, save_adapter
+from laco_train.export.measured import of_run
 from laco_train.models import load_config, load_tokenizer
 from laco_train.precision import named_dtype, weights_dtype
 from laco_train.settings import (
@@ -74,6 +76,7 @@ from laco_train.settings import (
     check_evaluation,
     check_export,
     check_model,
+    check_static,
 )
 from laco_train.training.checkpoint import read_checkpoint, rebuilt, refuse_other_layout
 from laco_train.training.checkpoint_io import VerifiedCheckpointIO
@@ -254,14 +257,16 @@ class RecipeCLI(LightningCLI):
         callbacks += [self.tasks] if self.tasks.tasks else []
         callbacks += [self.samples] if self.samples.prompts else []
         self.signals, seeds = StopOnSignal(), SeedSteps(self._get(self.config_init, "seed_everything"))
-        callbacks += [seeds, MarkEventFiles(), self.signals, *self._checkpoints(trainer_config)]
+        callbacks += [seeds, MarkEventFiles(), StayStopped(), self.signals, *self._checkpoints(trainer_config)]
         trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), VerifiedCheckpointIO()]
         if trainer_config.get("enable_progress_bar") is not False:
             callbacks.append(RunProgressBar())
         refuse_strategy(trainer_config.get("strategy") or "auto")
+        batches = trainer_config.get("accumulate_grad_batches", 1)
+        check_static("trainer.accumulate_grad_batches", batches >= 1, f"must be 1 or more, is {batches}")
         try:
             return self._instantiate_trainer(trainer_config, callbacks)
-        except ValueError as error:  # an accelerator or strategy of no such name
+        except (ValueError, TypeError) as error:  # an accelerator or strategy of no such name, devices below 0
             raise InputError("trainer", str(error).splitlines()[0]) from error
 
     def _logger(self, root: str) -> TensorBoardLogger:
@@ -353,8 +358,8 @@ class RecipeCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         model = self._whole_model(weights)
-        if writes:
-            self._write_samples("trained", model)
+        if writes:  # Lightning has moved what is not sharded away from the device
+            self._write_samples("trained", model.to("cpu" if weights else self.trainer.strategy.root_device))
         folder = self._export(model) if exports else None
         if self.trainer.log_dir:
             write_summary(self.collapse, self.curves, self.memory, self.tasks, self.samples, self.trainer)
@@ -364,9 +369,9 @@ class RecipeCLI(LightningCLI):
         return Path(str(self.trainer.log_dir)) / "export"
 
     def _whole_model(self, gathered_weights: dict[str, Tensor] | None) -> nn.Module:
-        """What was trained: where it trained, or on the CPU if it was sharded."""
+        """What was trained, put together again on the CPU if it was sharded."""
         if gathered_weights is None:
-            return self.model.lm.to(self.trainer.strategy.root_device)  # Lightning has moved it away
+            return self.model.lm
         assert isinstance(self.collapse.plan, CollapsePlan)
         whole: nn.Module = rebuilt(self.model_settings, self.dtype, self.collapse.plan, gathered_weights)
         return whole
@@ -397,6 +402,7 @@ class RecipeCLI(LightningCLI):
             steps=self.trainer.global_step,
             licence=None,
             from_scratch=self.model_settings.from_scratch,
+            evaluations=of_run(self.tasks.found, self.trainer.global_step),
         )
 
 

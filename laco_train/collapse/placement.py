@@ -173,7 +173,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
-    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    limit = int(torch.cuda.get_per_process_memory_fraction(device.index) * total)  # "cuda" alone has no index
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(free + idle, limit - torch.cuda.memory_allocated(device))
 

@@ -184,6 +184,12 @@ class CollapsePlan:
     def __post_init__(self) -> None:
         _check(self)
 
+    @property
+    def refinement(self) -> Refined | None:
+        """What refinement took (`collapse.refine`), a layer fitted by the strategy before it included; None without."""
+        asked = (self.settings.get("refine") or {}).get("tokens", 0)
+        return self.refined if asked else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, with the keys of the file."""
         values = dataclasses.asdict(self)

@@ -1,6 +1,8 @@
 """Dataclasses from and to plain JSON values, every key and every type checked."""
 
 import dataclasses
+import json
+import math
 from types import UnionType
 from typing import Any, get_args, get_origin
 
@@ -49,4 +51,16 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     allowed = {float: (int, float), dict[str, Any]: (dict,)}.get(kind, (kind,))
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{where} is {value!r}, which is no {getattr(kind, '__name__', kind)}")
+    if kind is float or isinstance(value, dict):
+        _refuse_infinite(value, where)
     return value
+
+
+def _refuse_infinite(value: Any, where: str) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+        finite = isinstance(value, dict) or math.isfinite(value)
+    except (ValueError, OverflowError, RecursionError, TypeError):
+        finite = False
+    if not finite:
+        raise ValueError(f"{where} holds a number that is not finite, or what JSON has no word for")

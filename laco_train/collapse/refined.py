@@ -41,6 +41,8 @@ def refined_tensors(decoder: Decoder, plan: CollapsePlan, *, may_miss: bool) -> 
         for new, held in enumerate(plan.lineage)
         for name, parameter in decoder.stack[held[0]].named_parameters()
     }
+    rest = dict(decoder.model.named_parameters())
+    shapes |= {name: p.shape for name, p in rest.items() if not name.startswith(f"{stack}.")}
     for tensor_name, tensor in tensors.items():
         if shapes.get(tensor_name) != tensor.shape:
             raise InputError("collapse.plan", f"{name} holds {tensor_name}, which does not fit the collapsed model")

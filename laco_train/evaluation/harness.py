@@ -4,9 +4,10 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from laco_train.errors import InputError
 from laco_train.evaluation.groups import SUITE
@@ -149,21 +151,23 @@ def _metric(name: str, leaves: "dict[str, Task]") -> str:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TaskRow],
     *,
     batch_size: int,
     limit: int | None = None,
+    bars: bool = True,
 ) -> list[TaskScore]:
     """Scores of `model`, on the device where it is; its mode of training is put back.
 
     Args:
-        model: causal language model.
+        model: causal language model of Transformers, or one wrapped by peft.
         tokenizer: its own.
         rows: of `load_tasks`; they can be used again for another model.
         batch_size: sequences in one forward pass.
         limit: most questions of each row, evenly spaced over all; None: all.
+        bars: let the harness show on stderr how far it is.
 
     Raises:
         InputError: the model gives something that is no number.
@@ -174,7 +178,7 @@ def evaluate(
     chosen = {leaf: indices for row in rows for leaf, indices in chosen_questions(row, limit).items()}
     tasks = {leaf: task for row in rows for leaf, task in row.leaves.items() if leaf in chosen}
     training = model.training
-    with _quiet():
+    with _quiet(), nullcontext() if bars else _no_bars():
         # in half precision a log-likelihood of -50 would be rounded to a quarter
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
         try:
@@ -246,6 +250,12 @@ def _refuse_no_number(task: str, logged: Iterable[dict[str, Any]]) -> None:
     likelihoods = (answer for one in logged for answer in one["filtered_resps"] if isinstance(answer, tuple | list))
     if any(isinstance(answer[0], float) and math.isnan(answer[0]) for answer in likelihoods):
         raise InputError("--model", f"gives a log-likelihood on {task} that is no number; try --dtype float32")
+
+
+@contextmanager
+def _no_bars() -> "Iterator[None]":
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """One model after another through tasks, text and prompts; each is loaded, measured and let go."""
 
 import gc
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,8 +58,10 @@ class Measures:
     dtype: Dtype
 
 
-def named_models(sources: Sequence[str]) -> list[Named]:
+def named_models(sources: Sequence[str], key: str = "--model") -> list[Named]:
     """Models by ``NAME=SOURCE`` or ``SOURCE``, whose name then is its last part, or the last two of ``RUN/export``.
+
+    `key` is the option that named them.
 
     Raises:
         InputError: two of one name.
@@ -66,16 +69,16 @@ def named_models(sources: Sequence[str]) -> list[Named]:
     found = [_named(source) for source in sources]
     names = [one.name for one in found]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError("--model", f"two models are called {twice[0]}; name them: --model A=DIR1 B=DIR2")
+        raise InputError(key, f"two models are called {twice[0]}; name them: A=DIR1 B=DIR2")
     return found
 
 
 def _named(source: str) -> Named:
     labelled = _LABEL.fullmatch(source)
-    if labelled is not None and not Path(source).exists():
+    if labelled is not None and not os.path.exists(source):
         return Named(labelled["name"], labelled["source"])
     # resolved, as "." and "export" alone name nothing
-    parts = Path(source).resolve().parts if Path(source).exists() else Path(source).parts
+    parts = Path(source).resolve().parts if os.path.exists(source) else Path(source).parts
     return Named("/".join(parts[-2:]) if parts[-1] == "export" else parts[-1], source)
 
 

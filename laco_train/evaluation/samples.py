@@ -37,7 +37,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-@torch.inference_mode()
+@torch.no_grad()  # weights that train on must not meet tensors of inference mode
 def continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -65,11 +65,17 @@ class Difference:
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:
-    """Mean of `values` and its standard error, s / sqrt(Q), s from Q - 1 degrees of freedom, as the harness has it."""
+    """Mean of `values` and its standard error, s / sqrt(Q), s from Q - 1 degrees of freedom, as the harness has it.
+
+    Where all values are alike that would be 0, as if 0 of 12 were certain: the error is then 1 / Q, that of the same
+    values with one of them 1 off.
+    """
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:
         return Estimate(mean, None)
+    if len(set(values)) == 1:
+        return Estimate(mean, 1 / count)
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     return Estimate(mean, math.sqrt(variance / count))
 
@@ -107,10 +113,12 @@ def kept(model: Estimate, baseline: Estimate) -> float | None:
 
 def no_better_than_chance(score: TaskScore) -> bool:
     """Whether the accuracy is at most 1.96 standard errors above chance; False where chance has no number."""
-    estimate = score.estimate
-    if score.chance is None:
-        return False
-    return estimate.error is None or estimate.value <= score.chance + CONFIDENCE * estimate.error
+    return is_chance(score.estimate, score.chance)
+
+
+def is_chance(estimate: Estimate, chance: float | None) -> bool:
+    """Whether `estimate` is at most 1.96 standard errors above `chance`; an unknown error counts as chance."""
+    return chance is not None and (estimate.error is None or estimate.value <= chance + CONFIDENCE * estimate.error)
 
 
 def _root_sum(*errors: float | None) -> float | None:

@@ -40,6 +40,17 @@ def checked_suite(folder: Path) -> Path:
     raise InputError("--suite", problem)
 
 
+def chosen_suite(named: str | None) -> Path | None:
+    """The suite that a user names: a folder; None: as installed; ``none``: none, so that questions are the hub's.
+
+    Raises:
+        InputError: the folder does not hold it.
+    """
+    if named == "none":
+        return None
+    return installed_suite() if named is None else checked_suite(Path(named).expanduser())
+
+
 def rows(*, suite: str, folder: str, split: str, columns: str = "", **_: Any) -> dict[str, Dataset]:
     """Questions of one task, under the name of their split, as the harness asks for them.
 

@@ -10,6 +10,7 @@ import yaml
 
 from laco_train.collapse import CollapsePlan
 from laco_train.export.licence import Licence
+from laco_train.export.measured import Evaluated, evaluation_section, model_index
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class CardFacts:
         steps: optimizer steps.
         licence: the base model's; None if unknown.
         from_scratch: whether its weights were drawn at random after the collapse.
+        evaluations: what was measured of it, and of models beside it.
     """
 
     base_model: str
@@ -37,10 +39,11 @@ class CardFacts:
     steps: int
     licence: Licence | None
     from_scratch: bool = False
+    evaluations: tuple[Evaluated, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for `from_dict`."""
-        return asdict(self)
+        return {**asdict(self), "evaluations": [asdict(one) for one in self.evaluations]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CardFacts":
@@ -50,7 +53,9 @@ class CardFacts:
             TypeError: it is not that.
         """
         licence = values.get("licence")
-        return cls(**{**values, "licence": None if licence is None else Licence(**licence)})
+        evaluations = tuple(Evaluated(**one) for one in values.get("evaluations") or ())
+        read = {"licence": None if licence is None else Licence(**licence), "evaluations": evaluations}
+        return cls(**{**values, **read})
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,9 @@ def model_card(facts: CardFacts, plan: CollapsePlan | None, packaging: Packaging
     sections = [_metadata(facts, packaging), _what(facts, plan, kept_apart=packaging is ADAPTER)]
     if plan is not None:
         sections.append(_layers(plan))
-    sections += [_training(facts), f"## Use\n\n{packaging.use}", f"## Proof\n\n{packaging.proof}"]
-    return "\n".join(sections)
+    sections += [_training(facts), evaluation_section(facts.evaluations)]
+    sections += [f"## Use\n\n{packaging.use}", f"## Proof\n\n{packaging.proof}"]
+    return "\n".join(section for section in sections if section)
 
 
 def _metadata(facts: CardFacts, packaging: Packaging) -> str:
@@ -92,6 +98,7 @@ def _metadata(facts: CardFacts, packaging: Packaging) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["layer-collapse", "depth-pruning", *packaging.tags],
     }
+    values |= model_index(facts.recipe or facts.base_model, facts.evaluations)
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
 
 

@@ -11,6 +11,7 @@ from laco_train.collapse import CollapsePlan
 from laco_train.collapse.composition import from_the_first_model
 from laco_train.errors import InputError
 from laco_train.export.card import CardFacts
+from laco_train.export.measured import of_run
 from laco_train.export.proof import PLAN_FILE
 from laco_train.manifest import MANIFEST, read_manifest
 from laco_train.models import load_config, load_model, load_tokenizer
@@ -38,17 +39,22 @@ class Source:
     card: CardFacts
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path, *, trust_remote_code: bool = False) -> Source:
     """The model in a checkpoint of fit, in one file or in shards, or in a Transformers folder.
+
+    A checkpoint names its model, so that its own word does not suffice to run code that comes with that.
 
     Raises:
         InputError: it is neither, or can't be read.
     """
-    return _read_model_folder(path) if (path / "config.json").is_file() else _read_checkpoint(path)
+    return _read_model_folder(path) if (path / "config.json").is_file() else _read_checkpoint(path, trust_remote_code)
 
 
-def _read_checkpoint(path: Path) -> Source:
+def _read_checkpoint(path: Path, trust_remote_code: bool) -> Source:
     checkpoint = read_checkpoint(path, KEY)
+    if checkpoint.model.trust_remote_code and not trust_remote_code:
+        problem = f"is needed: {path} was trained with code that comes with {checkpoint.model.source}"
+        raise InputError("--trust-remote-code", f"{problem}; add it if you trust that code")
     model, tokenizer = restore(checkpoint)
     plan = from_the_first_model(checkpoint.plan, checkpoint.model.source)
     card = CardFacts(
@@ -61,6 +67,7 @@ def _read_checkpoint(path: Path) -> Source:
         steps=checkpoint.steps,
         licence=None,
         from_scratch=checkpoint.model.from_scratch,
+        evaluations=of_run(checkpoint.accuracies, checkpoint.steps),
     )
     return Source(model, tokenizer, checkpoint.dtype, plan, card)
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from laco_train.models.checks import (
     check_class_is_known,
     check_decoder,
+    check_sizes,
     check_tokenizer_files,
     check_weight_files,
     read_weights,
@@ -63,8 +64,12 @@ def _config(target: Path | str, source: str, trust_remote_code: bool) -> Pretrai
     """Config at `target`, refused unless it is that of a decoder-only causal language model."""
     with reading("config.json", source):
         values, _ = PretrainedConfig.get_config_dict(target)
-    check_class_is_known(values, source, trust_remote_code)
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+        check_class_is_known(values, source, trust_remote_code)
     with reading("config.json", source):
         config = AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
-    check_decoder(config, source, trust_remote_code)
+    with reading("config.json", source):
+        check_decoder(config, source, trust_remote_code)
+        check_sizes(config, source)
     return config

@@ -1,5 +1,6 @@
 """Refuses, in one line each, what can't be collapsed: other kinds of model, and weights that aren't all there."""
 
+import json
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,34 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from laco_train.errors import InputError
 
 SOURCE = "model.source"
+INDEX = "model.safetensors.index.json"
 REMOTE_CLASS = "AutoModelForCausalLM"
 # what Transformers, safetensors and gguf raise over files that are damaged or made for another version
-UNREADABLE = (OSError, ValueError, KeyError, ImportError, StrictDataclassError, SafetensorError, struct.error)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    RecursionError,
+    StrictDataclassError,
+    SafetensorError,
+    struct.error,
+)
+MOST_LAYERS, MOST_WIDTH = 10_000, 2**31 - 1
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -35,6 +61,8 @@ def reading(part: str, source: str) -> Iterator[None]:
     """Turn an error over the `part` of `source` that is being read into an InputError."""
     try:
         yield
+    except InputError:
+        raise
     except UNREADABLE as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise InputError(
@@ -44,20 +72,38 @@ def reading(part: str, source: str) -> Iterator[None]:
 
 def check_model_folder(folder: Path, source: str) -> None:
     """Refuse a folder without a config.json."""
-    if (folder / "config.json").is_file():
+    adapter, config = ((folder / name).is_file() for name in ("adapter_config.json", "config.json"))
+    if adapter:  # which Transformers would put on the model without a word
+        kind = "beside its model" if config else "not a model"
+        raise InputError(SOURCE, f"{source} holds a peft adapter, {kind}; merge it into its base model first")
+    if config:
         return
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(SOURCE, f"{source} holds a peft adapter, not a model; merge it into its base model first")
     raise InputError(SOURCE, f"{source} is no model folder: it has no config.json; name the folder that has one")
 
 
 def check_weight_files(folder: Path, source: str) -> None:
     """Refuse a folder without safetensors weights."""
-    if any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+    if (folder / INDEX).is_file():
+        check_index(folder / INDEX, source)
+        return
+    if (folder / "model.safetensors").is_file():
         return
     if any(folder.glob("pytorch_model*.bin")):
         raise InputError(SOURCE, pickled_only(source))
     raise InputError(SOURCE, f"{source} has a config.json but no weights (model.safetensors); copy them there")
+
+
+def check_index(file: Path, source: str) -> None:
+    """Refuse an index of weights that is none, or that names pickles, which Transformers would unpickle."""
+    try:
+        names = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+        foreign = sorted(name for name in names if not name.endswith(".safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"{file.name} of {source} is damaged ({type(error).__name__}: {error}); copy or download it again"
+        raise InputError(SOURCE, problem) from None
+    if foreign:
+        problem = f"{file.name} of {source} names {foreign[0]}; only safetensors are read, as a pickle can run code"
+        raise InputError(SOURCE, problem)
 
 
 def pickled_only(source: str) -> str:
@@ -106,6 +152,10 @@ def check_decoder(config: PretrainedConfig, source: str, trust_remote_code: bool
         raise InputError(
             SOURCE, f"{source} has weights quantised by {method}, which can't be merged; name the model it was made of"
         )
+    attention = getattr(config, "_attn_implementation", None)
+    if isinstance(attention, str) and "/" in attention and not trust_remote_code:
+        problem = f"{source} asks for the attention kernel {attention}, which is code of the hub; set this to true if"
+        raise InputError("model.trust_remote_code", f"{problem} you trust it, or drop that from config.json")
     if trust_remote_code and REMOTE_CLASS in (getattr(config, "auto_map", None) or {}):
         return
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
@@ -115,6 +165,17 @@ def check_decoder(config: PretrainedConfig, source: str, trust_remote_code: bool
     # a multimodal checkpoint holds a causal model too; letter case differs in old Llama configs
     if not saved.lower().endswith((causal.lower(), "forcausallm", "forconditionalgeneration")):
         raise InputError(SOURCE, f"{source} is a {saved}, no causal language model; name a {causal}")
+
+
+def check_sizes(config: PretrainedConfig, source: str) -> None:
+    """Refuse sizes that no model has: a stack without layers would load, one of a million never end."""
+    text = config.get_text_config()
+    for name in _SIZES:
+        value = getattr(text, name, None)
+        most = MOST_LAYERS if name == "num_hidden_layers" else MOST_WIDTH
+        if value is not None and not (isinstance(value, int) and 1 <= value <= most):
+            problem = f"config.json of {source} has {name} {value!r}, which must be 1 to {most:,}"
+            raise InputError(SOURCE, f"{problem}; copy or download it again")
 
 
 def read_weights(target: Path | str, source: str, **arguments: Any) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """From what the recipe names to what ``from_pretrained`` takes: a local folder or a hub id."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from laco_train.errors import InputError
-from laco_train.models.checks import SOURCE, check_model_folder, pickled_only
+from laco_train.models.checks import INDEX, SOURCE, check_index, check_model_folder, pickled_only
 from laco_train.models.gguf import converted
 
 PACKAGE_PREFIX = "package:"
@@ -32,10 +33,10 @@ def resolve_folder(source: str) -> Path | str:
         InputError: nothing of that name, a hub model that is gated or out of reach, a GGUF file that can't be read.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         check_model_folder(path, source)
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".gguf":
             raise InputError(SOURCE, f"{source} is a file but not a .gguf file; name the folder of the model")
         return converted(path, source)
@@ -79,9 +80,11 @@ def require_safetensors(hub_id: str) -> None:
     """Refuse a hub model without safetensors before Transformers falls back to pickles."""
     unreachable = None
     with _asking_hub(hub_id):
-        for name in ("model.safetensors.index.json", "model.safetensors"):
+        for name in (INDEX, "model.safetensors"):
             try:
-                hf_hub_download(hub_id, name)
+                file = hf_hub_download(hub_id, name)
+                if name == INDEX:
+                    check_index(Path(file), hub_id)
                 return
             except RemoteEntryNotFoundError:
                 continue

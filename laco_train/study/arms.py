@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from laco_train.study.settings import StudySettings
+from laco_train.study.settings import ARMS, StudySettings
 from laco_train.study.untrained import CALLBACK, UNTRAINED
 
 Recipe = dict[str, Any]
@@ -16,6 +16,7 @@ UNCOLLAPSED = {
     "similarity_threshold": None,
     "exact": False,
     "criterion": "similarity",
+    "refine": {"tokens": 0},
 }
 """The collapse section of the arm `original`, as far as it can't be that of the others."""
 _CHECKPOINTS = "laco_train.callbacks.best_checkpoint.BestAndNewestCheckpoint"
@@ -42,6 +43,9 @@ def arm_recipe(
     recipe = merged(shared, built_in(arm))
     for changes in changes_of(study, arm):
         recipe = merged(recipe, changes)
+    if recipe["collapse"].get("remove") is not None:
+        untargeted = {key: None for key in ("target_depth", "target_ratio", "similarity_threshold")}
+        recipe = merged(recipe, {"collapse": {**untargeted, "exact": False}})  # the layers named are the target
     recipe = merged(recipe, {"seed_everything": seed, "data": {"seed": seed}})
     if rate is not None:
         recipe = merged(recipe, {"model": {"optimizer": {"learning_rate": rate}}})
@@ -50,12 +54,16 @@ def arm_recipe(
     if study.sweeps:
         recipe = merged(recipe, {"data": {"sweep_fraction": study.sweep_fraction}})
     if recipe["budget"]["max_tokens"] == 0:
-        return with_callbacks(merged(recipe, UNTRAINED), [CALLBACK])
+        # a refinement is no training, but comes off the budget
+        budget = {"max_tokens": UNTRAINED["budget"]["max_tokens"] + recipe["collapse"]["refine"]["tokens"]}
+        return with_callbacks(merged(merged(recipe, UNTRAINED), {"budget": budget}), [CALLBACK])
     return with_trainer(recipe)
 
 
 def built_in(arm: str) -> Recipe:
     """What makes an arm the arm that it is."""
+    if arm not in ARMS:
+        return {}
     if arm == "original":
         return {"collapse": UNCOLLAPSED}
     if arm == "scratch":

@@ -3,8 +3,8 @@
 import json
 import re
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from laco_train.errors import InputError
+from laco_train.evaluation.record import Accuracy
 
 _SUMMARY, _CONFIG, _PLAN = "summary.json", "config.yaml", "collapse_plan.json"
 _NO_SETTING = ("seed_everything", "resume", "run", "ckpt_path", "name")
@@ -71,6 +72,9 @@ class Run:
         learning_rate: peak; None if unknown, or if rounds differ in it.
         training_speed: tokens per second; None if unknown.
         export: folder of the exported model; None if there is none.
+        accuracies: on tasks, by rising tokens, over all rounds.
+        samples: `prompts`, and what the models wrote after each: `original`, `collapsed` (the last time) and `trained`,
+            as far as the run kept them.
     """
 
     folder: Path
@@ -90,6 +94,8 @@ class Run:
     learning_rate: float | None
     training_speed: float | None
     export: Path | None
+    accuracies: tuple[Accuracy, ...] = ()
+    samples: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def is_collapsed(self) -> bool:
@@ -206,6 +212,8 @@ def _read_run(folder: Path, rounds: Sequence[Path]) -> Run:
             learning_rate=rates.pop() if len(rates) == 1 else None,
             training_speed=last.get("tokens_per_second"),
             export=next((path for path in (folder / "export", rounds[-1] / "export") if path.is_dir()), None),
+            accuracies=_accuracies(summaries, segments),
+            samples=joined_samples([summary.get("samples") or {} for summary in summaries]),
         )
     except (KeyError, TypeError, IndexError) as error:
         problem = f"{_SUMMARY} is not what fit writes ({type(error).__name__}: {error}); name another run"
@@ -217,6 +225,21 @@ def _segment(summary: dict[str, Any]) -> Segment:
     timed = bool(values[-1].get("seconds"))  # 0 at the end: too short to be timed, as 0 FLOPs were not counted
     points = [Point(p["tokens"], p["loss"], p["seconds"] if timed else None) for p in values]
     return Segment(summary["depth"], tuple(points), summary.get("flops_per_token") or None)
+
+
+def _accuracies(summaries: Sequence[dict[str, Any]], segments: Sequence[Segment]) -> tuple[Accuracy, ...]:
+    found: list[Accuracy] = []
+    for summary, segment in zip(summaries, segments, strict=True):
+        later = segment.points[0].tokens - summary["validation"][0]["tokens"]
+        kept = [Accuracy(**values) for values in summary.get("evaluation") or []]
+        found += [replace(one, tokens=one.tokens + later) for one in kept]
+    return tuple(found)
+
+
+def joined_samples(rounds: Sequence[dict[str, list[str]]]) -> dict[str, list[str]]:
+    """`samples` of several rounds as those of one run, from the first model to the last."""
+    first = {name: texts for name, texts in rounds[0].items() if name == "original"}
+    return {**{name: texts for name, texts in rounds[-1].items() if name != "original"}, **first}
 
 
 def joined(segments: Sequence[Segment]) -> tuple[Segment, ...]:

@@ -171,6 +171,12 @@ def arm_loss(arm: Arm, tokens: float) -> ArmLoss | None:
     return ArmLoss(found, any(reading.interpolated for reading in readings))
 
 
+def arm_start(arm: Arm) -> ArmLoss | None:
+    """Loss of `arm` before training, which a refinement may have gone before."""
+    found = spread([run.points[0].loss for run in arm.runs if run.points])
+    return None if found is None else ArmLoss(found, interpolated=False)
+
+
 def measure(arm: Arm, budget: int, reference: Arm | None, scratch: Arm | None, original: float | None) -> ArmMeasures:
     """All measures of `arm`.
 
@@ -192,7 +198,7 @@ def measure(arm: Arm, budget: int, reference: Arm | None, scratch: Arm | None, o
             inherited.append(None if worst is None or best is None else inheritance(end, worst, best))
     return ArmMeasures(
         arm=arm,
-        losses=tuple(arm_loss(arm, share * budget) for share in SHARES),
+        losses=tuple(arm_loss(arm, share * budget) if share else arm_start(arm) for share in SHARES),
         reached=() if original is None else tuple(tokens_to(run.segments[-1].points, original) for run in arm.runs),
         recovered=spread([share for share in shares if share is not None]),
         inheritance=spread([share for share in inherited if share is not None]),

@@ -13,6 +13,8 @@ _STYLE = """
 th, td { vertical-align: bottom; } thead th { white-space: normal; min-width: 4.2rem; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
 .pick td { font-weight: 700; } .pick td:first-child { background: var(--mark); }
+.prose th, .prose td { text-align: left; vertical-align: top; } .prose td { white-space: normal; min-width: 13rem; }
+.prose td:first-child { min-width: 4.2rem; }
 .warn { border-left: 4px solid #d9822b; padding-left: .9rem; }
 @media (max-width: 480px) { thead th { min-width: 3.4rem; } }
 @media print { th, td { font-size: 8pt; padding-right: .35rem; } thead th { min-width: 0; }
@@ -71,7 +73,9 @@ def render_page(report: Report) -> str:
 
 
 def _section(one: Table) -> str:
-    return f"<h2>{escape(one.title)}</h2><p>{escape(one.about)}</p>{table(one.header, one.rows, one.best)}"
+    cells = table(one.header, one.rows, one.best)
+    about = f"<p>{escape(one.about)}</p>" if one.about else ""
+    return f"<h2>{escape(one.title)}</h2>{about}" + (f'<div class="prose">{cells}</div>' if one.prose else cells)
 
 
 def _paragraphs(kind: str, lines: Sequence[str]) -> str:
@@ -85,13 +89,14 @@ def render_markdown(report: Report) -> str:
     for name, drawn in report.shown.items():
         parts += ["", f"![{drawn.alt}]({name}.png)", "", report.captions[name]]
     for one in report.tables:
-        parts += ["", f"## {one.title}", "", one.about, "", *markdown_table(one)]
+        parts += ["", f"## {one.title}", *(["", one.about] if one.about else []), "", *markdown_table(one)]
     return "\n".join([*parts, ""])
 
 
 def markdown_table(one: Table) -> list[str]:
     """Lines of a table as GitHub renders it; the best rows are bold."""
-    lines = [_row(one.header), "|" + "|".join(["---", *["---:"] * (len(one.header) - 1)]) + "|"]
+    aligned = "---" if one.prose else "---:"
+    lines = [_row(one.header), "|" + "|".join(["---", *[aligned] * (len(one.header) - 1)]) + "|"]
     for index, row in enumerate(one.rows):
         lines.append(_row([f"**{cell}**" for cell in row] if index in one.best else row))
     return lines

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from laco_train.analysis.figures import draw
-from laco_train.study.curves import Run
+from laco_train.study.accuracy import accuracy_tables, question_warnings
+from laco_train.study.curves import Run, arms_of
 from laco_train.study.page import Report, write_pages
 from laco_train.study.ratio_figures import ratio_pictures
 from laco_train.study.ratio_tables import levels_of, ratio_findings, ratio_tables, ratios_csv
 from laco_train.study.ratios import OverRatios, over_ratios, perplexity
+from laco_train.study.samples import sample_tables
 from laco_train.study.tables import count
 from laco_train.study.unlike import depth_warning
 
@@ -28,12 +30,14 @@ def write_ratio_report(runs: Sequence[Run], title: str, warnings: Sequence[str],
         output: folder; made if it is not there.
     """
     output.mkdir(parents=True, exist_ok=True)
-    found, notes = over_ratios(runs), [*warnings, *depth_warning(runs)]
+    arms = arms_of(runs)
+    found, notes = over_ratios(runs), [*warnings, *depth_warning(runs), *question_warnings(arms)]
     (output / "ratios.csv").write_text(ratios_csv(found), encoding="utf-8")
     (output / "report.json").write_text(json.dumps(as_json(found, notes), indent=1) + "\n", encoding="utf-8")
     shown = draw(ratio_pictures(found), output)
     captions = {name: _caption(name) for name in shown}
-    content = _about(found), ratio_findings(found), notes, ratio_tables(found), "Over ratios", shown, captions, _FILES
+    tables = [*ratio_tables(found), *accuracy_tables(arms), *sample_tables(arms)]
+    content = _about(found), ratio_findings(found), notes, tables, "Over ratios", shown, captions, _FILES
     return write_pages(Report(title, *content), output)
 
 

@@ -15,6 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from laco_train.analysis.figures import draw
 from laco_train.errors import InputError
+from laco_train.study.accuracy import accuracy_curve, accuracy_tables, columns_of, question_warnings
+from laco_train.study.accuracy_figures import accuracy_pictures
 from laco_train.study.curves import Arm, Run, arms_of, is_finished, read_json, read_runs, study_folders
 from laco_train.study.figures import Line, curve_pictures
 from laco_train.study.findings import by_depth, findings, notes, rivals_of, study_notes
@@ -23,6 +25,7 @@ from laco_train.study.locks import alone
 from laco_train.study.measures import SHARES, ArmMeasures, mean_curve, measure
 from laco_train.study.page import Report, write_pages
 from laco_train.study.ratio_report import write_ratio_report
+from laco_train.study.samples import sample_tables
 from laco_train.study.speed import Speed, Speeds, measure_speeds
 from laco_train.study.tables import Table, count, loss_table, measure_table, size_table
 from laco_train.study.unlike import data_warnings
@@ -34,6 +37,7 @@ _CAPTIONS = {
     "curves_time": "Against time in training, validation and compilation aside.",
     "curves_flops": "Against the operations that training took, counted from the shape of the model.",
 }
+_ACCURACY_CAPTION = "Against tokens; bars are one standard error. Beside the names: the last accuracies."
 _FILES = (
     "curves.csv has every point, report.json every measure; "
     "<code>tensorboard --logdir tensorboard</code> in this folder overlays the curves."
@@ -142,7 +146,7 @@ def compare(
     measured = [measure(arm, budget, known, _scratch_of(arm, curved, known), original) for arm in curved]
     measured.sort(key=lambda one: one.final)
     ordered = [one.arm for one in measured] + [arm for arm in arms if not arm.budget]
-    found = notes(ordered, budget, reference, speeds)
+    found = [*notes(ordered, budget, reference, speeds), *question_warnings(ordered)]
     return Comparison(title, tuple(ordered), tuple(measured), budget, original, reference, speeds, (*warnings, *found))
 
 
@@ -157,7 +161,7 @@ def report_tables(comparison: Comparison) -> list[Table]:
     c, names = comparison, [arm.name for arm in comparison.arms]
     best = tuple(names.index(name) for name in c.best)
     tables = [loss_table(c.measures, c.budget, best), measure_table(c.measures, c.budget, best)] if c.measures else []
-    return [*tables, size_table(c.arms, c.speeds, best)]
+    return [*tables, *accuracy_tables(c.arms), size_table(c.arms, c.speeds, best), *sample_tables(c.arms)]
 
 
 def report_findings(comparison: Comparison) -> list[str]:
@@ -179,11 +183,13 @@ def write_comparison(
     output.mkdir(parents=True, exist_ok=True)
     c = comparison
     lines = [_line(m.arm, plain=m.arm.name == c.reference) for m in c.measures]
-    shown = draw(curve_pictures(lines, c.original) if lines else [], output, on_picture)
+    pictures = curve_pictures(lines, c.original) if lines else []
+    shown = draw([*pictures, *accuracy_pictures(c.arms, c.reference)], output, on_picture)
     (output / CURVES).write_text(curves_csv(c), encoding="utf-8")
     (output / MEASURES).write_text(json.dumps(as_json(c), indent=1) + "\n", encoding="utf-8")
     _write_events(c, output / "tensorboard")
-    content = _about(c), report_findings(c), c.notes, report_tables(c), "Curves", shown, _CAPTIONS, _FILES
+    captions = {name: _CAPTIONS.get(name, _ACCURACY_CAPTION) for name in shown}
+    content = _about(c), report_findings(c), c.notes, report_tables(c), "Curves", shown, captions, _FILES
     return write_pages(Report(c.title, *content), output)
 
 
@@ -217,9 +223,13 @@ def curves_csv(comparison: Comparison) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Every measure, in plain types; `losses` are [tokens, mean loss] at the evaluations that all seeds share."""
+    """Every measure, in plain types; `losses` are [tokens, mean loss] at the evaluations that all seeds share.
+
+    `accuracies` are [tokens, mean, standard error] by task, and `mean` over tasks if they are several.
+    """
     c = comparison
     by_name = {m.arm.name: m for m in c.measures}
+    columns = columns_of(c.arms)
     arms = []
     for arm in c.arms:
         run, measured = arm.runs[0], by_name.get(arm.name)
@@ -236,6 +246,10 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "inheritance": None if measured is None or measured.inheritance is None else measured.inheritance.mean,
                 "tokens_to_original": [] if measured is None else [r and asdict(r) for r in measured.reached],
                 "at_shares": [] if measured is None else [one and asdict(one) for one in measured.losses],
+                "accuracies": {
+                    name: [[one.tokens, one.estimate.value, one.estimate.error] for one in accuracy_curve(arm, tasks)]
+                    for name, tasks in columns.items()
+                },
                 "speed": asdict(speed) if isinstance(speed, Speed) else None,
             }
         )
@@ -251,9 +265,10 @@ def _write_events(comparison: Comparison, output: Path) -> None:
         for run in m.arm.runs:
             name = m.arm.name if len(m.arm.runs) == 1 else f"{m.arm.name}-seed{run.seed}"
             with SummaryWriter(str(output / re.sub(r"[^\w.-]", "_", name))) as writer:
-                for tag, step, loss, seconds in _scalars(run):
-                    writer.add_scalar(tag, loss, step, walltime=seconds)
-                    ends[tag] = max(ends.get(tag, 0), step)
+                for tag, step, value, seconds in _scalars(run):
+                    writer.add_scalar(tag, value, step, walltime=seconds)
+                    if tag.startswith("val_loss/"):
+                        ends[tag] = max(ends.get(tag, 0), step)
     if comparison.original is not None and ends:
         with SummaryWriter(str(output / "original_before_training")) as writer:
             for tag, end in ends.items():
@@ -262,7 +277,7 @@ def _write_events(comparison: Comparison, output: Path) -> None:
 
 
 def _scalars(run: Run) -> list[tuple[str, int, float, float | None]]:
-    """(tag, step, loss, seconds) of every point; steps are whole numbers, so FLOPs come in units of 10^9.
+    """(tag, step, value, seconds) of every point; steps are whole numbers, so FLOPs come in units of 10^9.
 
     The seconds become the event's wall time: TensorBoard's axis "Relative" is then the time in training.
     """
@@ -273,4 +288,6 @@ def _scalars(run: Run) -> list[tuple[str, int, float, float | None]]:
             found.append(("val_loss/by_seconds", round(p.seconds), p.loss, p.seconds))
         if p.flops is not None:
             found.append(("val_loss/by_gigaflops", round(p.flops / 1e9), p.loss, p.seconds))
+    for a in run.accuracies:
+        found.append((f"accuracy/{a.task}", a.tokens, a.value, None))
     return found

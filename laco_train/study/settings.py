@@ -1,5 +1,6 @@
 """The study section of a recipe, as data; imports no torch."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,9 @@ from laco_train.settings import BudgetSettings, CollapseSettings, check_static
 
 RIVALS = ("shortgpt", "sleb", "angular", "tail", "streamline", "greedy")
 ARMS = ("original", "laco", *RIVALS, "scratch")
-"""original: trained as it is; scratch: the shape of laco from random weights; the others: a strategy of collapse."""
+"""original: trained as it is; scratch: the shape of laco from random weights; the others: a strategy of collapse.
+An arm of another name says its collapse.strategy itself, or its collapse.remove."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 OWN_SECTIONS = ("model", "collapse", "speed")
 """What arms may differ in: all else is what makes them comparable."""
 
@@ -18,7 +21,7 @@ class StudySettings:
     """Arms on the same data, evaluation points and budget; each is a fit of the recipe's other sections."""
 
     arms: dict[str, Any] = field(default_factory=lambda: {name: {} for name in ARMS})
-    """Arms and what each changes in model, collapse and speed, such as laco: {collapse: {merge_rule: mean}}."""
+    """Arms and what each changes in model, collapse and speed; a name of your own must say collapse.strategy."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Each arm runs once a seed, which sets the order of the data and every random number."""
     ratios: list[float] = field(default_factory=list)
@@ -93,12 +96,20 @@ def check_arms(s: StudySettings) -> None:
     """Refuse arms that are unknown, or that change what all must share."""
     check_static("study.arms", len(s.arms) > 0, f"is empty; the arms are {', '.join(ARMS)}")
     for arm, changes in s.arms.items():
-        known(arm, ARMS, "study.arms")
         if not isinstance(changes, dict | None):
             raise InputError(f"study.arms.{arm}", "must hold sections, such as collapse: {merge_rule: mean}, or {}")
+        if not names_layers(changes):
+            known(arm, ARMS, "study.arms")
+        check_static("study.arms", _NAME.fullmatch(arm) is not None, f"{arm!r} is no name for a folder")
         for section in changes or {}:
             key = f"study.arms.{arm}.{section}"
             check_static(key, section in OWN_SECTIONS, f"can't differ: arms change only {', '.join(OWN_SECTIONS)}")
+
+
+def names_layers(changes: Any) -> bool:
+    """Whether an arm says itself how its layers are chosen, so that it may have any name."""
+    own = (changes or {}).get("collapse") or {}
+    return any(own.get(key) is not None for key in ("strategy", "remove"))
 
 
 def known(arm: str, arms: tuple[str, ...], key: str) -> None:

@@ -14,13 +14,15 @@ def sweep_recipe(recipe: Recipe, study: StudySettings, rate: float) -> Recipe:
         recipe: of the arm's run.
         rate: peak learning rate.
     """
-    tokens = math.ceil(study.sweep_share * recipe["budget"]["max_tokens"])
+    refined = recipe["collapse"]["refine"]["tokens"]  # comes off the budget, and before any rate
+    tokens = refined + math.ceil(study.sweep_share * (recipe["budget"]["max_tokens"] - refined))
     return merged(
         recipe,
         {
             "model": {"optimizer": {"learning_rate": rate}},
             "data": {"sweep_fraction": study.sweep_fraction, "validate_on": "sweep"},
             "budget": {"max_tokens": tokens, "evaluate_at": []},
+            "evaluation": {"tasks": [], "samples": False, "prompts": None},
             "export": {"enabled": False},
         },
     )

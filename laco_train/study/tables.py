@@ -12,13 +12,17 @@ NONE = "-"
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its title, what must be known to read it, header, rows, and the indices of those that are best."""
+    """A table: its title, what must be known to read it, header, rows, and the indices of those that are best.
+
+    `prose` is for cells of whole sentences, which wrap.
+    """
 
     title: str
     about: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     best: tuple[int, ...] = ()
+    prose: bool = False
 
 
 def count(value: float) -> str:
@@ -43,6 +47,9 @@ def loss_table(measures: Sequence[ArmMeasures], budget: int, best: tuple[int, ..
     about += "; ≈ lies between two evaluations, linear in the logarithm of tokens." if marked else "."
     if any(loss is None for m in measures for loss in m.losses):
         about += f" {NONE}: no evaluation near enough."
+    for m in measures:
+        if (refined := m.arm.runs[0].points[0].tokens) > 0:
+            about += f" {m.arm.name} starts after {count(refined)} tokens of refinement, which its budget counts in."
     header = ("arm", "layers", *(_share_name(share, budget) for share in SHARES))
     rows = tuple((m.arm.name, _depths(m.arm), *map(_loss, m.losses)) for m in measures)
     return Table("Loss at shares of the budget", about, header, rows, best)

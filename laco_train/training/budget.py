@@ -55,3 +55,14 @@ def _steps(limits: Limits, batch_tokens: int, batches: int, accumulate: int) -> 
         yield limits.max_epochs * steps_in_epoch(batches, accumulate)
     if limits.max_tokens is not None and batches:  # no batch is never a token
         yield steps_for_tokens(limits.max_tokens, batch_tokens, batches, accumulate)
+
+
+def steps_at(shares: list[float], steps: int, before: float = 0.0) -> set[int]:
+    """Optimizer steps, of a run of `steps`, nearest to these shares of its tokens; 1 or more each.
+
+    Args:
+        before: steps' worth of tokens that went before the first step and count in; shares within them are left out.
+    """
+    wanted = [share * (before + steps) - before for share in shares]
+    # 0.07 * 100 is a little above 7
+    return {max(1, round(at)) for at in wanted if at > 0}

@@ -1,7 +1,6 @@
 """What a training checkpoint says beside weights, read without running any code from it."""
 
-import pickle
-import zipfile
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,18 @@ from transformers import PreTrainedTokenizerBase
 
 from laco_train.collapse import CollapsePlan, apply_plan
 from laco_train.errors import InputError
+from laco_train.evaluation.record import Accuracy
 from laco_train.models import load_tokenizer
 from laco_train.precision import named_dtype
-from laco_train.settings import DistillSettings, LoraSettings, ModelSettings, OptimizerSettings, ScheduleSettings
+from laco_train.settings import (
+    DistillSettings,
+    LoraSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ScheduleSettings,
+    check_model,
+)
+from laco_train.training.checkpoint_io import broken_records, why_unreadable
 from laco_train.training.module import CHECKPOINT_KEY, CausalLM
 from laco_train.training.sharded import is_sharded, read_sharded
 
@@ -35,6 +43,7 @@ class TrainingCheckpoint:
         data: what its run was trained on, by role.
         steps: optimizer steps done.
         tokens: tokens trained on.
+        accuracies: on tasks, as far as its run had measured them.
         sharded: whether its run was under ModelParallelStrategy, which numbers the optimizer's state in its own way.
         state_dict: weights, on the CPU.
     """
@@ -48,6 +57,7 @@ class TrainingCheckpoint:
     data: dict[str, Any]
     steps: int
     tokens: int
+    accuracies: tuple[Accuracy, ...]
     sharded: bool
     state_dict: Mapping[str, torch.Tensor]
 
@@ -63,28 +73,39 @@ def read_checkpoint(path: Path, key: str = "--checkpoint") -> TrainingCheckpoint
         InputError: missing, cut short, or not written by fit.
     """
     sharded = is_sharded(path)
-    if not path.is_file() and not sharded:
+    if not os.path.isfile(path) and not sharded:
         raise InputError(key, f"no file {str(path)!r}; name a .ckpt under a run's checkpoints folder")
-    if not sharded and not zipfile.is_zipfile(path):  # its table of contents comes last: one that was cut short is none
-        raise InputError(key, f"{path} is damaged or no checkpoint of fit; name another .ckpt")
+    if not sharded and (broken := broken_records(path)):  # torch looks at no checksum
+        raise InputError(key, f"{path} is damaged or no checkpoint of fit ({broken}); name another .ckpt")
     try:
         if sharded:
             values: Any = read_sharded(path, key)
         else:
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except InputError:
+        raise
+    except Exception as error:  # what unpickling raises over other bytes than those written has no end
+        reason = why_unreadable(path, error)
         raise InputError(key, f"{path} is damaged or no checkpoint of fit ({reason}); name another .ckpt") from None
     if not isinstance(values, dict) or not isinstance(values.get(CHECKPOINT_KEY), dict):
         raise InputError(key, f"{path} was not written by laco_train fit; name a .ckpt that was")
+    try:
+        return _from_values(values, path)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:  # InputError too
+        problem = f"is damaged or of another release of laco_train ({type(error).__name__}: {error})"
+        raise InputError(key, f"{path} {problem}; name another .ckpt") from None
+
+
+def _from_values(values: dict[str, Any], path: Path) -> TrainingCheckpoint:
     ours: dict[str, Any] = values[CHECKPOINT_KEY]
-    curves = values.get("callbacks", {}).get("Curves", {})
-    losses = dict(ours["losses"])
+    callbacks = values.get("callbacks", {})
+    curves = callbacks.get("Curves", {})
+    losses = {str(name): float(loss) for name, loss in ours["losses"].items()}
     if curves.get("validation"):
-        losses["trained"] = curves["validation"][-1][2]
-    return TrainingCheckpoint(
+        losses["trained"] = float(curves["validation"][-1][2])
+    found = TrainingCheckpoint(
         path=path,
-        plan=CollapsePlan.from_dict(ours["plan"], key),
+        plan=CollapsePlan.from_dict(ours["plan"]),
         model=_model_settings(ours["model"]),
         dtype=named_dtype(ours["dtype"]),
         losses=losses,
@@ -92,9 +113,16 @@ def read_checkpoint(path: Path, key: str = "--checkpoint") -> TrainingCheckpoint
         data=ours["data"],
         steps=values["global_step"],
         tokens=curves.get("tokens", 0),
+        accuracies=tuple(Accuracy(**one) for one in callbacks.get("EvaluateTasks", {}).get("found", ())),
         sharded=ours.get("sharded", False),
         state_dict=values["state_dict"],
     )
+    check_model(found.model)
+    kinds = {"recipe": str, "data": dict, "steps": int, "tokens": int, "sharded": bool, "state_dict": Mapping}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(found, name), kind):
+            raise TypeError(f"{name} is no {kind.__name__}")
+    return found
 
 
 def refuse_other_layout(checkpoint: TrainingCheckpoint, trainer: Trainer, *, resuming: bool) -> None:

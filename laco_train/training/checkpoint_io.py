@@ -1,7 +1,6 @@
 """Checkpoints that are whole or not there: written aside, flushed, verified, then renamed."""
 
 import os
-import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,8 @@ from laco_train.training.sharded import META, SafeReader
 
 PARTIAL = ".partial"
 """Ends the name of a checkpoint being written."""
-_UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+_UNREADABLE = Exception
+"""What reading bytes that are not those written raises: it has no end."""
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
@@ -100,8 +100,21 @@ def fault(path: Path) -> str | None:
     try:
         header = read_header(path)
     except _UNREADABLE as error:
-        return f"it can't be read: {' '.join(str(error).split())[:200]}"
-    return None if CHECKPOINT_KEY in header and "global_step" in header else "it was not written by fit"
+        return f"it can't be read: {why_unreadable(path, error)}"
+    ours = isinstance(header.get(CHECKPOINT_KEY), dict) and isinstance(header.get("global_step"), int)
+    return None if ours else "it was not written by fit"
+
+
+def why_unreadable(path: Path, error: BaseException) -> str:
+    """What to say of `path`, a file or a sharded folder, that torch refused to read with weights_only by `error`."""
+    source = path / META if path.is_dir() else path
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(source)
+    except _UNREADABLE:
+        foreign = []
+    if foreign:
+        return f"it names {', '.join(sorted(foreign)[:3])}, and nothing in a checkpoint is run"
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def read_header(path: Path) -> dict[str, Any]:

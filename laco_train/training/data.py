@@ -1,5 +1,6 @@
 """Packed text as a LightningDataModule: packed and cached once, ordered by BlockSampler, resumed to the bit."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -101,6 +102,13 @@ class PackedText(LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def leading(self, blocks: int, batch_size: int) -> list[dict[str, Tensor]]:
+        """The `blocks` that the first epoch begins with, or all of them, in whole batches."""
+        order = itertools.islice(
+            BlockSampler(len(self.train_blocks), batch_size, self.settings.seed), max(1, blocks // batch_size)
+        )
+        return [collate(self.train_blocks.select(batch)) for batch in order]
 
     def accompany(self, look_up: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
         """Give training batches a row ``indices`` (batch,) of their blocks, and let `look_up` put in its place what is

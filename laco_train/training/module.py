@@ -19,7 +19,7 @@ from laco_train.models import load_model
 from laco_train.precision import weights_dtype
 from laco_train.settings import BudgetSettings, ModelSettings, SpeedSettings
 from laco_train.training.adapters import attach_lora
-from laco_train.training.budget import Limits, run_steps
+from laco_train.training.budget import Limits, run_steps, steps_at
 from laco_train.training.checkpointing import measured_layers, optimizer_bytes
 from laco_train.training.data import collate
 from laco_train.training.distill import Distillation, distills
@@ -251,16 +251,26 @@ class CausalLM(LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.zero_grad(set_to_none=True)
 
+    @property
+    def refined_tokens(self) -> int:
+        """Tokens that refinement took before training; budget.max_tokens counts them in."""
+        refinement = None if self.plan is None else self.plan.refinement
+        return 0 if refinement is None else refinement.tokens
+
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run.
+        """Optimizer steps of the whole run, after any refinement.
 
         Not ``trainer.estimated_stepping_batches``, which builds the loader early and so loses its restored position.
 
         Raises:
-            InputError: the recipe sets no end.
+            InputError: the recipe sets no end, or refinement takes all tokens.
         """
-        trainer = self.trainer
-        limits = Limits(trainer.max_steps, trainer.max_epochs, self.budget.max_tokens)
+        trainer, most = self.trainer, self.budget.max_tokens
+        if most is not None:
+            most -= self.refined_tokens
+            if most <= 0:
+                raise InputError("collapse.refine.tokens", "is all of budget.max_tokens, which it counts in; lower it")
+        limits = Limits(trainer.max_steps, trainer.max_epochs, most)
         steps = run_steps(limits, self.batch_tokens(), self.epoch_batches(), trainer.accumulate_grad_batches)
         if steps is None:
             raise InputError(
@@ -274,6 +284,15 @@ class CausalLM(LightningModule):
         batches: int = self.trainer.datamodule.batches_per_epoch  # type: ignore[attr-defined]
         limit = self.trainer.limit_train_batches
         return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+    def steps_at(self, shares: list[float]) -> set[int]:
+        """Optimizer steps nearest to these shares of the run's tokens, those of refinement included; 1 or more each.
+
+        A share that lies within the refinement has none.
+        """
+        steps = self.total_steps()
+        before = self.refined_tokens / (self.batch_tokens() * self.trainer.accumulate_grad_batches)
+        return steps_at(shares, steps, before)
 
     def batch_tokens(self) -> int:
         """Tokens of a batch over all devices, padding included."""

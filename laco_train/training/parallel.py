@@ -133,9 +133,9 @@ def as_forward(model: nn.Module, work: Callable[[], T]) -> T:
     """What `work` gives, as the forward pass of `model`: a sharded one gathers its weights before, and frees them."""
     if not isinstance(model, FSDPModule):
         return work()
-    model.forward = work
+    model.forward = lambda work: work()
     try:
-        return cast("T", model())
+        return cast("T", model(work))  # without an argument, moving them to the GPU fails in torch 2.11
     finally:
         del model.forward
 

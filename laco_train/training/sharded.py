@@ -4,6 +4,7 @@ The folder holds ``.metadata`` (a pickle: which tensor lies where), a ``.distcp`
 ``meta.pt`` with all else. torch unpickles ``.metadata`` freely; here only the classes that it needs are let in.
 """
 
+import os
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
@@ -121,7 +122,7 @@ class ShardedWeights(Mapping[str, Tensor]):
 
 def is_sharded(path: Path) -> bool:
     """Whether `path` is a folder with an index of shards."""
-    return (path / INDEX).is_file()
+    return os.path.isfile(path / INDEX)
 
 
 def read_sharded(folder: Path, key: str) -> dict[str, Any]:

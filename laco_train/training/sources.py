@@ -3,6 +3,7 @@
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -114,7 +115,7 @@ class HubSet:
         """
         try:
             stream = datasets.load_dataset(self.name, self.config, split="train", streaming=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: it is a script, which is never run
             spelled = f"{self.name}:{self.config}" if self.config else self.name
             raise InputError(
                 self.key,
@@ -147,7 +148,7 @@ def _resolve_one(key: str, name: str) -> list[Source]:
             raise InputError(key, f"{path} is none of {', '.join(_SUFFIXES)}; convert it to one of them")
     if found:
         return [TextFile(key, path) for path in found]
-    if Path(name).expanduser().is_dir():
+    if os.path.isdir(Path(name).expanduser()):
         raise InputError(key, f"{name!r} is a folder; name its files, such as '{name.rstrip('/')}/*.jsonl'")
     if name.endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(name):
         raise InputError(key, f"no file matches {name!r}, neither here, nor under ./data, nor shipped; check the path")

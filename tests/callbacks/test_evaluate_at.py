@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.soak import content, curves
-from laco_train.callbacks.evaluate_at import steps_at
+from laco_train.training.budget import steps_at
 from tests.cli.runs import Project, Run, events, scalars
 from tests.cli.test_resume_auto import broken_off, resume
 
@@ -17,10 +17,21 @@ STEPS = [0, 1, 5, 7, 10]
 
 @pytest.mark.parametrize(
     ("shares", "steps", "expected"),
-    [([0.01, 0.5, 1.0], 10, {1, 5, 10}), ([0.07, 0.29], 100, {7, 29}), ([0.05, 0.1], 7, {1}), ([], 5, set())],
+    [
+        ([0.01, 0.5, 1.0], 10, {1, 5, 10}),
+        ([0.07, 0.29], 100, {7, 29}),
+        ([0.05, 0.1], 7, {1}),
+        ([0.01, 0.05], 320, {3, 16}),
+        ([], 5, set()),
+    ],
 )
-def test_first_step_that_reaches_a_share(shares: list[float], steps: int, expected: set[int]) -> None:
+def test_step_nearest_to_a_share(shares: list[float], steps: int, expected: set[int]) -> None:
     assert steps_at(shares, steps) == expected
+
+
+def test_shares_count_what_went_before() -> None:
+    """Of 10 steps' worth of tokens, 2 went to a refinement: half of all is 3 steps on."""
+    assert steps_at([0.1, 0.5, 1.0], 8, 2.0) == {3, 8}
 
 
 @pytest.fixture(scope="module")

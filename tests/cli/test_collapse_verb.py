@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laco_train.collapse import CollapsePlan, apply_plan
+from laco_train.settings import SECTIONS
 from tests.cli.runs import Project
 
 
@@ -29,6 +31,15 @@ def test_writes_the_collapsed_model_and_nothing_else(project: Project) -> None:
     assert [name for name in expected if not torch.equal(expected[name], written[name])] == []
     prompt = AutoTokenizer.from_pretrained(folder)("The river", return_tensors="pt").input_ids
     assert AutoModelForCausalLM.from_pretrained(folder).generate(prompt, max_new_tokens=4).shape[1] > prompt.shape[1]
+
+
+def test_a_recipe_with_every_section_of_fit_will_do(project: Project) -> None:
+    printed = yaml.safe_load(project("fit", "--recipe", "tiny.yaml", "--print_config").out)
+    whole = {name: printed[name] for name in ("seed_everything", *SECTIONS, "rounds", "trainer")}
+    (project.root / "tiny.yaml").write_text(yaml.safe_dump(whole))
+    collapse(project)
+    result = project("analyze", "--recipe", "tiny.yaml", "--output", "analysis", "--print_config")
+    assert result.code == 0, result.err
 
 
 def test_model_card_names_source_plan_and_no_training(project: Project) -> None:

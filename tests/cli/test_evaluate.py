@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from tests.cli.runs import Project
 from tests.evaluation.conftest import mini_suite
@@ -61,6 +62,27 @@ def test_tasks_beside_the_baseline(shared_project: Project, collapsed: str, mini
     assert "suite" in found["laco"]["tasks"]["boolq"]["data"]
     assert "reasoning, mean of 1" in result.out
     assert list((shared_project.root / "tasks/tensorboard").iterdir())
+
+
+def test_the_model_card_tells_it(shared_project: Project, collapsed: str) -> None:
+    """Without the harness: a perplexity; and the card of a run says at once what its tasks gave."""
+    text = ["--perplexity", "validation.jsonl", "--block", "32", "--samples", "false", "--stride", "16"]
+    models = ["--model", f"laco={collapsed}", "--baseline", "original=model"]
+    assert shared_project("evaluate", *models, *text, "--output", "told").code == 0
+    export = ["export", "--checkpoint", collapsed, "--evaluation", "told/evaluation.json"]
+    result = shared_project(*export, "--output", "with_card")
+    assert result.code == 0, result.err
+    card = ModelCard.load(shared_project.root / "with_card/README.md")
+    perplexity, bits = card.data.eval_results or []
+    measured = numbers(shared_project, "told")["laco"]["perplexity"]
+    assert (perplexity.metric_type, perplexity.metric_value) == ("perplexity", measured["perplexity"])
+    assert (bits.metric_type, bits.metric_value) == ("bits_per_byte", measured["bits_per_byte"])
+    assert "| original | laco | measured on |" in card.text
+    # what is exported again keeps it, and another model's evaluation is refused
+    again = shared_project("export", "--checkpoint", "with_card", "--output", "again")
+    assert again.code == 0 and ModelCard.load(shared_project.root / "again/README.md").data.eval_results
+    other = shared_project("export", "--checkpoint", "model", *export[3:], "--output", "other")
+    assert other.code == 2 and "--evaluation: laco in told/evaluation.json has 4 layers" in other.err
 
 
 def test_bad_input_writes_nothing(shared_project: Project, collapsed: str, monkeypatch: pytest.MonkeyPatch) -> None:

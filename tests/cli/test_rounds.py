@@ -13,8 +13,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 from benchmarks.soak import content, curves
 from laco_train.collapse import CollapsePlan
+from laco_train.study.curves import read_runs
 from tests.cli.processes import kill, start, until
 from tests.cli.runs import RECIPE, Project, Result, events, make_project, scalars
+from tests.evaluation.conftest import mini_suite
+
+__all__ = ["mini_suite"]
 
 ROUNDS: list[dict[str, Any]] = [
     {"target_depth": 5, "max_tokens": 384, "learning_rate": 0.01},
@@ -321,3 +325,19 @@ def test_killed_twice_it_ends_like_an_unbroken_run(own: Project, folder: Path, s
     process.join()
     assert process.exitcode == 0, (root / "output.txt").read_text()
     same_folder(folder, run)
+
+
+def test_tasks_and_samples_go_on_from_round_to_round(own: Project, mini_suite: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra evaluation")
+    tasks = ["--evaluation.tasks=[piqa]", f"--evaluation.suite={mini_suite}", "--evaluation.samples=true"]
+    folder = fitted(own, *tasks)
+    whole, first, second = (read(folder / name / "summary.json") for name in (".", "round_1", "round_2"))
+    steps = [(one["step"], one["tokens"]) for one in whole["evaluation"]]
+    assert steps == [(0, 0), (6, 384), (6, 384), (14, 896)]
+    values = [one["value"] for one in whole["evaluation"]]
+    assert values == [one["value"] for part in (first, second) for one in part["evaluation"]]
+    (run,) = read_runs(folder)
+    assert [one.tokens for one in run.accuracies] == [0, 384, 384, 896]
+    assert whole["samples"] == run.samples == {**second["samples"], "original": first["samples"]["original"]}
+    card = (folder / "export" / "README.md").read_text(encoding="utf-8")
+    assert f"| piqa | acc_norm | {values[2]:.3f} ± " in card

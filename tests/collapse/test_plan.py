@@ -195,6 +195,15 @@ def eight_layers(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
+def other_projections(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """`model` after a training that left its norms alone, as adapters merged into it do."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("q_proj.weight"):
+                weight += 1e-3
+    return model
+
+
 # Each changes just what it says, so that nothing else can give the difference away.
 CHANGES = [
     eight_layers,
@@ -202,6 +211,7 @@ CHANGES = [
     one_dtype,
     one_name,
     one_shape,
+    other_projections,
     lambda model: scramble(model, seed=21),
     lambda model: model.to(torch.bfloat16),
 ]
@@ -226,7 +236,7 @@ def test_refused_on_what_it_made(nine: LlamaForCausalLM, plan: CollapsePlan) -> 
         apply_plan(model, plan)
 
 
-def test_fingerprint_is_of_names_shapes_dtypes_and_norms(nine: LlamaForCausalLM) -> None:
+def test_fingerprint_is_of_names_shapes_dtypes_norms_and_samples(nine: LlamaForCausalLM) -> None:
     own = fingerprint(nine)
     assert len(bytes.fromhex(own)) == 32
     assert fingerprint(copy.deepcopy(nine)) == own

@@ -33,6 +33,15 @@ def likelihood(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, cont
     return sum(logits[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
 
 
+def greedy_word(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, context: str, word: str) -> str:
+    """As many tokens as `word` has, the most likely ones after `context`, each in turn."""
+    ids = tokenizer(context)["input_ids"]
+    for _ in tokenizer(word)["input_ids"]:
+        with torch.no_grad():
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    return str(tokenizer.decode(ids)).removeprefix(context)
+
+
 def test_scores_are_those_of_a_slow_loop(
     tasks: list[TaskRow], tiny_llama: Builder, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -58,6 +67,23 @@ def test_scores_are_those_of_a_slow_loop(
     assert scores["lambada_openai"].chance is None
     assert len(scores["mmlu"].values) == 57 * len(made.MMLU)
     assert scores["mmlu"].chance == 0.25
+
+
+def test_lambada_counts_words_whose_tokens_are_all_greedy(
+    tasks: list[TaskRow], tiny_llama: Builder, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (known, word), other = made.LAMBADA[0], made.LAMBADA[1]
+    model = tiny_llama(layers=2)
+    ids = torch.tensor([tiny_tokenizer(known + word)["input_ids"]])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):  # it then knows the first text by heart
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert greedy_word(model, tiny_tokenizer, known, word) == word
+    assert greedy_word(model, tiny_tokenizer, *other) != other[1]
+    (score,) = evaluate(model, tiny_tokenizer, [tasks[2]], batch_size=2)
+    assert score.values == (1.0, 0.0)
 
 
 def test_a_limit_takes_questions_evenly_from_all(

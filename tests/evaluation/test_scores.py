@@ -31,6 +31,16 @@ def test_mean_and_standard_error() -> None:
     assert mean_estimate([1.0]).error is None
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_answers_all_alike_are_no_certainty(value: float) -> None:
+    found = mean_estimate([value] * 12)
+    one_off = mean_estimate([value] * 11 + [1 - value])
+    assert found.value == value
+    assert found.error == pytest.approx(one_off.error) == pytest.approx(1 / 12)
+    assert not no_better_than_chance(score([1.0] * 12))
+    assert no_better_than_chance(score([1.0] * 3))  # guessed in one of eight tries
+
+
 def test_standard_error_is_that_of_repeated_draws() -> None:
     draw = random.Random(0)
     samples = [[float(draw.random() < 0.7) for _ in range(200)] for _ in range(400)]

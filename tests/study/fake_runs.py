@@ -74,6 +74,31 @@ def summary(
     }
 
 
+def accuracies(task: str, values: Iterable[tuple[int, float]], questions: int = 400, sha: str = "q") -> list[Any]:
+    """Entries of `evaluation` in summary.json: accuracies on a task of two choices after so many steps."""
+    return [
+        {
+            "step": n,
+            "tokens": n * STEP,
+            "task": task,
+            "metric": "acc",
+            "value": value,
+            "error": math.sqrt(value * (1 - value) / questions),
+            "questions": questions,
+            "questions_sha256": sha,
+            "chance": 0.5,
+            "data": "made up",
+        }
+        for n, value in values
+    ]
+
+
+def samples(name: str) -> dict[str, list[str]]:
+    """`samples` in summary.json of two prompts."""
+    texts = {moment: [f"{name} {moment} says {i} " + 12 * "word " for i in "ab"] for moment in ("collapsed", "trained")}
+    return {"prompts": ["The river", "Once | upon"], "original": ["into the sea.", "a\ntime <b>."], **texts}
+
+
 def write_run(
     folder: Path, values: dict[str, Any], learning_rate: float = 3e-4, seed: int = 0, *, scratch: bool = False
 ) -> Path:
@@ -86,13 +111,19 @@ def write_run(
     return folder
 
 
-def write_study(root: Path, seeds: Sequence[int] = (0,), *, rounds: bool = False, steps: int = 300) -> Path:
-    """A study of nine arms, and one more in two rounds if asked."""
+def write_study(
+    root: Path, seeds: Sequence[int] = (0,), *, rounds: bool = False, steps: int = 300, evaluated: bool = False
+) -> Path:
+    """A study of nine arms, and one more in two rounds if asked; with accuracies and samples if `evaluated`."""
     for arm, (start, middle, end, depth, rate) in ARMS.items():
         for seed in seeds:
             curve = losses(start, middle, end, steps, 0.02 * (1 + seed) if len(seeds) > 1 else 0.0)
             strategy = {"original": "none", "scratch": "laco"}.get(arm, arm)
             values, place = summary(curve, strategy=strategy, depth=depth), root / f"{arm}-seed{seed}/version_0"
+            if evaluated:
+                right = [(0, 0.9 - start / 20), (steps // 2, 0.95 - middle / 10 + seed / 50), (steps, 1 - end / 9)]
+                values["evaluation"] = [*accuracies("piqa", right), *accuracies("boolq", right[::2], 100)]
+                values["samples"] = samples(arm)
             write_run(place, values, rate, seed, scratch=arm == "scratch")
     if rounds:
         run = root / "rounds-seed0/version_0"
@@ -131,6 +162,8 @@ if __name__ == "__main__":
 
     from laco_train.study.report import write_report
 
+    evaluated = write_study(Path(sys.argv[1]) / "evaluated", (0, 1), evaluated=True)
+    print(write_report(evaluated, speed=False))
     for name, seeds, rounds in (("one", (0,), False), ("seeds", (0, 1, 2), False), ("rounds", (0,), True)):
         print(write_report(write_study(Path(sys.argv[1]) / name, seeds, rounds=rounds), speed=False))
     for name, seeds, trained in (("ratios", (0,), True), ("ratio_seeds", (0, 1), True), ("untrained", (0,), False)):

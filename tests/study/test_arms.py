@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
-from laco_train.settings import CollapseSettings, ModelSettings, check_collapse, check_model
+from laco_train.errors import InputError
+from laco_train.settings import CollapseSettings, ModelSettings, RefineSettings, check_collapse, check_model
 from laco_train.study.arms import arm_recipe, leaves, merged
-from laco_train.study.settings import ARMS, RIVALS, StudySettings
+from laco_train.study.settings import ARMS, RIVALS, StudySettings, check_arms
 
 SHARED: dict[str, Any] = {
     "model": asdict(ModelSettings("model")),
@@ -24,10 +25,15 @@ def recipe(arm: str, study: StudySettings | None = None, rate: float | None = No
     return arm_recipe(SHARED, study or StudySettings(), arm, seed=3, rate=rate)
 
 
+def read(made: dict[str, Any]) -> CollapseSettings:
+    values = dict(made["collapse"])
+    return CollapseSettings(**{**values, "refine": RefineSettings(**values["refine"])})
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_a_valid_recipe_of_the_same_depth(arm: str) -> None:
     made = recipe(arm)
-    collapse = CollapseSettings(**made["collapse"])
+    collapse = read(made)
     check_collapse(collapse, depth=6)
     assert collapse.strategy == {"original": "none", "scratch": "laco"}.get(arm, arm)
     assert collapse.target_depth == (None if arm == "original" else 4)
@@ -82,3 +88,39 @@ def test_shared_recipe_stays_as_it_is() -> None:
     before = yaml.safe_dump(SHARED)
     recipe("scratch")
     assert yaml.safe_dump(SHARED) == before
+
+
+@pytest.mark.parametrize(
+    ("collapse", "depth"),
+    [({"strategy": "tail", "refine": {"tokens": 64}}, 4), ({"remove": [1, 2]}, None)],
+    ids=["strategy", "layers"],
+)
+def test_an_arm_of_any_name_that_says_how_its_layers_are_chosen(collapse: dict[str, Any], depth: int | None) -> None:
+    study = StudySettings(arms={"original": {}, "mine": {"collapse": collapse}})
+    check_arms(study)
+    found = read(recipe("mine", study))
+    check_collapse(found, depth=6)
+    assert (found.target_depth, found.remove, found.refine.tokens) == (
+        depth,
+        collapse.get("remove"),
+        collapse.get("refine", {}).get("tokens", 0),
+    )
+
+
+@pytest.mark.parametrize("name", ["mine", "a/b", ".."])
+def test_names_that_say_nothing_or_are_no_folders_are_refused(name: str) -> None:
+    collapse = {} if name == "mine" else {"strategy": "tail"}
+    with pytest.raises(InputError, match=r"study\.arms"):
+        check_arms(StudySettings(arms={name: {"collapse": collapse}}))
+
+
+def test_the_original_is_never_refined() -> None:
+    shared = merged(SHARED, {"collapse": {"refine": {"tokens": 64}}})
+    assert arm_recipe(shared, StudySettings(), "original", 0, None)["collapse"]["refine"]["tokens"] == 0
+    assert arm_recipe(shared, StudySettings(), "tail", 0, None)["collapse"]["refine"]["tokens"] == 64
+
+
+def test_an_untrained_arm_may_be_refined() -> None:
+    shared = merged(SHARED, {"collapse": {"refine": {"tokens": 64}}, "budget": {"max_tokens": 0}})
+    made = arm_recipe(shared, StudySettings(), "tail", 0, None)
+    assert made["budget"]["max_tokens"] > 64

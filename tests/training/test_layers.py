@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM
 
 from laco_train.settings import LoraSettings
 from laco_train.training.adapters import attach_lora
-from laco_train.training.layers import arrange_layers
+from laco_train.training.attention import attends_by_documents, set_document_attention
+from laco_train.training.layers import arrange_layers, called_plainly
 from laco_train.training.loss import base_of
 
 BATCH = {"input_ids": torch.arange(1, 25).reshape(2, 12), "labels": torch.arange(1, 25).reshape(2, 12)}
@@ -110,3 +111,19 @@ def test_compiling_leaves_names_alone_and_can_be_undone(model: Callable[[bool], 
     assert all(layer._compiled_call_impl is not None for layer in layers)
     arrange_layers(made, compiled=False, recompute=0)
     assert all(layer._compiled_call_impl is None for layer in layers)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_called_plainly_for_a_while(model: Callable[[bool], nn.Module], adapted: bool) -> None:
+    made = model(adapted).eval()
+    layers, ids = list(base_of(made).model.layers), torch.arange(1, 12)[None]
+    expected = made(input_ids=ids).logits
+    arrange_layers(made, compiled=True, recompute=2)
+    set_document_attention(made, True)
+    calls = [layer._compiled_call_impl for layer in layers]
+    with pytest.raises(ZeroDivisionError), called_plainly(made):
+        assert torch.equal(made(input_ids=ids).logits, expected)  # by documents it would ask for masks
+        assert all(layer._compiled_call_impl is None for layer in layers)
+        _ = 1 / 0
+    assert [layer._compiled_call_impl for layer in layers] == calls
+    assert attends_by_documents(made)

@@ -1,0 +1,45 @@
+"""Which loggers a run has: fit's own TensorBoardLogger, and beside it those that the recipe names."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+
+def replaces_own(named: Any) -> bool:
+    """Whether `named`, the value of trainer.logger, leaves no place for fit's own logger."""
+    return named is False or any(isinstance(logger, TensorBoardLogger) for logger in _listed(named))
+
+
+def loggers_of(named: Any, own: Callable[[], TensorBoardLogger]) -> list[Logger] | bool:
+    """What the Trainer is given for `named`, the value of trainer.logger.
+
+    A TensorBoardLogger comes first, as the first one's folder is the run's: fit's `own` unless the recipe names one.
+    """
+    if named is False:
+        return False
+    loggers = _listed(named)
+    if not replaces_own(named):
+        loggers = [own(), *loggers]
+    return sorted(loggers, key=lambda logger: not isinstance(logger, TensorBoardLogger))
+
+
+def remove_csv_folder(logger: Logger) -> None:
+    """Remove the folder that a CSVLogger opened for a run that never began."""
+    if isinstance(logger, CSVLogger):
+        remove_empty(Path(logger.log_dir), 3)  # save_dir/name/version_N
+
+
+def remove_empty(folder: Path, levels: int) -> None:
+    """Remove `folder` and what is above it, `levels` in all, as far as they are empty."""
+    for empty in (folder, *folder.parents[: levels - 1]):
+        if not empty.is_dir() or any(empty.iterdir()):
+            return
+        empty.rmdir()
+
+
+def _listed(named: Any) -> list[Logger]:
+    if named is None or isinstance(named, bool):
+        return []
+    return list(named) if isinstance(named, list) else [named]

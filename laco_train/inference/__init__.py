@@ -1,0 +1,1 @@
+"""How fast models read and write, and in what memory."""

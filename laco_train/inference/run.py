@@ -1,0 +1,54 @@
+"""From the names of models to what was measured of them."""
+
+import platform
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import transformers
+
+from laco_train.errors import InputError
+from laco_train.evaluation.run import Named
+from laco_train.inference.load import load_as_saved
+from laco_train.inference.measure import Measured, Workload, in_words, measure, memory_in_words
+from laco_train.inference.result import Bench
+from laco_train.models import load_config
+from laco_train.progress import bar
+from laco_train.settings import Dtype
+
+
+def check_positions(models: Sequence[Named], work: Workload) -> None:
+    """Read every config before anything runs, so that a wrong name costs no measured model.
+
+    Raises:
+        InputError: a model that can't be read, or that has fewer positions than `work` takes.
+    """
+    for one in models:
+        known = getattr(load_config(one.source), "max_position_embeddings", None)
+        if known is not None and work.positions > known:
+            problem = f"and --new-tokens are {work.positions} together, more than the {known} positions of {one.name}"
+            raise InputError("--prompt-tokens", problem)
+
+
+def run_bench(models: Sequence[Named], work: Workload, dtype: Dtype, device: torch.device) -> Bench:
+    """Measure `models` in turns, with a bar.
+
+    Raises:
+        InputError: a model whose weights can't be read.
+    """
+    loaders = {one.name: partial(load_as_saved, one.source, dtype) for one in models}
+    with bar() as progress:
+        task = progress.add_task("Inference", total=None)
+        found = measure(loaders, work, device, lambda done, of: progress.update(task, completed=done, total=of))
+    measured: dict[str, Measured] = {}
+    for name, one_found in found.items():
+        if isinstance(one_found, str):
+            raise InputError("models", f"{name} can't be measured ({one_found})")
+        measured[name] = one_found
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    sources = {one.name: one.source for one in models}
+    return Bench(sources, measured, work, in_words(device), memory_in_words(device), versions)

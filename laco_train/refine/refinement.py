@@ -1,0 +1,135 @@
+"""The two phases of a refinement, and the plan that holds what came of it."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from laco_train.collapse import CollapsePlan, decoder_of
+from laco_train.collapse.plan import Refined
+from laco_train.errors import InputError
+from laco_train.refine.windows import window_errors, windows_of
+from laco_train.settings import DistillSettings, OptimizerSettings, RefineSettings, ScheduleSettings
+from laco_train.training.distill import Distillation
+from laco_train.training.loss import Batch
+from laco_train.training.optim import adamw, warmup_cosine
+from laco_train.training.skipping import SkippedSteps, guard_step
+from laco_train.training.teacher import TeacherOnDevice
+
+_WARMUP = 0.05  # of a phase's steps
+_LARGEST_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how to compute.
+
+    Attributes:
+        device: of both models and of the batches.
+        context: the precision of the forward passes, as a context manager.
+    """
+
+    device: torch.device
+    context: Callable[[], AbstractContextManager[Any]]
+
+
+@torch.enable_grad()
+def refine(
+    original: PreTrainedModel,
+    collapsed: PreTrainedModel,
+    plan: CollapsePlan,
+    batches: Sequence[Batch],
+    settings: RefineSettings,
+    place: Place,
+) -> CollapsePlan:
+    """Fit `collapsed` to `original`, in place: first each window alone, then all together to its distribution.
+
+    Nothing is drawn at random: the same batches on the same device give the same weights.
+
+    Args:
+        original: the plan's source, on `place.device`, in eval mode; it stays as it is.
+        collapsed: what the plan made of it, on that device; left in eval mode.
+        batches: taken in order and again from the first once they end; each holds as many tokens.
+        settings: tokens are rounded down to whole batches, one a step.
+
+    Returns:
+        The plan with the weights reached, and with the tokens and seconds that they took.
+
+    Raises:
+        InputError: fewer tokens than a batch has, or a loss that is not finite.
+    """
+    each = batches[0]["input_ids"].numel()
+    steps = settings.tokens // each
+    if steps < 1:
+        raise InputError("collapse.refine.tokens", f"is {settings.tokens}, less than the {each} of one batch; raise it")
+    windows = windows_of(plan)
+    alone = round(settings.windows * steps) if windows else 0
+    supply = itertools.cycle(batches)
+    began = time.perf_counter()
+    stack = decoder_of(collapsed).stack
+    fitted = nn.ModuleList(stack[window.layer] for window in windows)
+    teacher = Distillation(DistillSettings(logits=1.0), TeacherOnDevice(original, (), logits=True))
+    deadline = None if settings.seconds is None else began + settings.seconds
+    done = 0
+    phases: list[tuple[int, nn.Module, Callable[[Batch], Tensor]]] = [
+        (alone, fitted, lambda batch: window_errors(original, collapsed, windows, batch).sum()),
+        (steps - alone, collapsed, lambda batch: teacher(collapsed, batch).total),
+    ]
+    collapsed.train()
+    for count, trained, loss in phases:
+        done += _descend(trained, loss, itertools.islice(supply, count), count, settings.learning_rate, place, deadline)
+    collapsed.eval()
+    if place.device.type == "cuda":
+        torch.cuda.synchronize(place.device)
+    seconds = time.perf_counter() - began
+    content = safetensors.torch.save(
+        {name: p.detach().to("cpu", copy=True).contiguous() for name, p in collapsed.named_parameters()}
+    )
+    earlier = plan.refined
+    tokens = done * each + (0 if earlier is None else earlier.tokens)
+    seconds += 0.0 if earlier is None else earlier.seconds
+    return dataclasses.replace(plan, refined=Refined.of(content, tokens, seconds), refined_weights=content)
+
+
+def _descend(
+    trained: nn.Module,
+    loss: Callable[[Batch], Tensor],
+    batches: Iterator[Batch],
+    steps: int,
+    learning_rate: float,
+    place: Place,
+    deadline: float | None,
+) -> int:
+    """AdamW steps on `trained`, one a batch, until they end or the deadline has passed; returns how many.
+
+    Raises:
+        InputError: gradients were not finite at the end.
+    """
+    if steps == 0:
+        return 0
+    optimizer = adamw(trained, OptimizerSettings(learning_rate=learning_rate))
+    schedule = warmup_cosine(optimizer, ScheduleSettings(warmup_steps=max(1, round(_WARMUP * steps))), steps)
+    skipped = SkippedSteps()
+    done = 0
+    for batch in batches:
+        if deadline is not None and done and time.perf_counter() > deadline:
+            break
+        with place.context():
+            value = loss({name: rows.to(place.device) for name, rows in batch.items()})
+        value.backward()
+        guard_step(optimizer, _LARGEST_NORM, skipped)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        done += 1
+    if not bool(torch.isfinite(value.detach())):
+        raise InputError("collapse.refine.learning_rate", f"{learning_rate} made the loss not finite; lower it")
+    return done

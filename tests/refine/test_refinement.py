@@ -1,0 +1,162 @@
+"""The collapsed model fitted to the original: windows alone against a loop of its own, then all together."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from laco_train.collapse import CollapsePlan, apply_plan, collapse_model
+from laco_train.errors import InputError
+from laco_train.refine import Place, Window, refine, windows_of
+from laco_train.refine.windows import window_errors
+from laco_train.settings import CollapseSettings, RefineSettings
+from laco_train.training.loss import Batch
+from tests.collapse.helpers import TEXTS, assert_same_weights, scramble
+
+Llama = Callable[..., LlamaForCausalLM]
+PLACE = Place(torch.device("cpu"), nullcontext)
+DROPPED = CollapseSettings(remove=[2, 3, 5], calibration=TEXTS)
+MERGED = CollapseSettings(layers_per_merge=2, similarity_threshold=-1.0, lowest_layer=2, calibration=TEXTS)
+SETTINGS = RefineSettings(tokens=80 * 48, windows=0.5, batch_size=2, learning_rate=1e-3)
+
+
+def some_batches(count: int) -> list[Batch]:
+    """Blocks of 24 tokens, two a batch, each of documents of ten."""
+    ids = torch.randint(5, 90, (count, 2, 24), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(24).remainder(10).expand(2, 24)
+    return [{"input_ids": rows, "labels": rows, "position_ids": positions} for rows in ids]
+
+
+@pytest.fixture
+def original(tiny_llama: Llama) -> LlamaForCausalLM:
+    model: LlamaForCausalLM = scramble(tiny_llama(layers=7), seed=2)
+    return model
+
+
+def collapsed_by(
+    settings: CollapseSettings, original: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> tuple[LlamaForCausalLM, CollapsePlan]:
+    return collapse_model(copy.deepcopy(original), tokenizer, settings, source="tiny")  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def divergence(original: LlamaForCausalLM, model: LlamaForCausalLM, batches: list[Batch]) -> float:
+    """Mean KL over all positions, by torch's own function."""
+    total = 0.0
+    for batch in batches:
+        call = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+        p, q = (each(**call).logits.log_softmax(-1).flatten(0, 1) for each in (original, model))
+        total += float(kl_div(q, p, log_target=True, reduction="batchmean"))
+    return total / len(batches)
+
+
+def test_windows_are_layers_that_stand_for_several(
+    original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    _, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
+    assert windows_of(plan) == (Window(1, 1, 3), Window(2, 4, 5))
+
+
+def test_a_dropped_first_layer_has_no_layer_that_stands_for_it(
+    original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    _, plan = collapsed_by(CollapseSettings(remove=[0, 6]), original, tiny_tokenizer)
+    assert windows_of(plan) == (Window(4, 5, 6),)
+
+
+def test_errors_are_those_of_whole_models(original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """The states that Transformers itself hands out, and each layer run on them in a model of its own."""
+    model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
+    (batch,) = some_batches(1)
+    call = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    states = original(**call, output_hidden_states=True).hidden_states
+    expected = []
+    for window in windows_of(plan):
+        whole = copy.deepcopy(original)
+        whole.model.layers[window.first].load_state_dict(model.model.layers[window.layer].state_dict())
+        reached = whole(**call, output_hidden_states=True).hidden_states[window.first + 1]
+        apart = (reached - states[window.last + 1]).square().sum(-1) / states[window.last + 1].square().sum(-1)
+        expected.append(apart.mean())
+    found = window_errors(original, model, windows_of(plan), batch)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [DROPPED, MERGED], ids=["dropped", "merged"])
+def test_it_comes_nearer_to_the_original(
+    settings: CollapseSettings, original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """On blocks that it did not see."""
+    model, plan = collapsed_by(settings, original, tiny_tokenizer)
+    batches, others = some_batches(30)[:20], some_batches(30)[20:]
+    before = divergence(original, model, others)
+    untouched = copy.deepcopy(original)
+    refined = refine(original, model, plan, batches, SETTINGS, PLACE)
+    assert divergence(original, model, others) < 0.7 * before
+    assert_same_weights(original, untouched)
+    assert refined.refined is not None and refined.refined.tokens == 80 * 48
+    assert not model.training
+
+
+def test_windows_alone_change_their_layers_alone(
+    original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
+    before = copy.deepcopy(model.state_dict())
+    errors = window_errors(original, model, windows_of(plan), some_batches(1)[0])
+    refine(original, model, plan, some_batches(20), replace(SETTINGS, windows=1.0), PLACE)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith(("model.layers.1.", "model.layers.2.")) for name in changed)
+    now = window_errors(original, model, windows_of(plan), some_batches(1)[0])
+    assert bool((now < 0.7 * errors).all())
+
+
+def test_the_plan_and_its_file_give_the_same_weights(
+    original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model, plan = collapsed_by(MERGED, original, tiny_tokenizer)
+    refined = refine(original, model, plan, some_batches(4), replace(SETTINGS, tokens=8 * 48), PLACE)
+    refined.save(tmp_path / "collapse_plan.json")
+    loaded = CollapsePlan.load(str(tmp_path / "collapse_plan.json"))
+    again = apply_plan(copy.deepcopy(original), loaded)
+    assert_same_weights(again, model)
+    assert loaded.lineage == plan.lineage and loaded.merges == plan.merges
+
+
+def test_the_same_batches_give_the_same_weights(
+    original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    weights: list[dict[str, Tensor]] = []
+    for _ in range(2):
+        model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
+        refine(original, model, plan, some_batches(4), replace(SETTINGS, tokens=6 * 48), PLACE)
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+def test_fewer_tokens_than_a_batch_are_refused(
+    original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
+    with pytest.raises(InputError, match=r"collapse\.refine\.tokens"):
+        refine(original, model, plan, some_batches(1), replace(SETTINGS, tokens=47), PLACE)
+
+
+def test_a_rate_that_explodes_is_told(original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
+    with pytest.raises(InputError, match=r"collapse\.refine\.learning_rate"):
+        refine(original, model, plan, some_batches(4), replace(SETTINGS, learning_rate=1e30), PLACE)
+
+
+def test_time_ends_it(original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """One step of each phase is done in any case."""
+    model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
+    refined = refine(original, model, plan, some_batches(4), replace(SETTINGS, seconds=1e-9), PLACE)
+    assert refined.refined is not None and refined.refined.tokens == 2 * 48
