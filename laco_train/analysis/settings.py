@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from laco_train.settings import check_static
+from laco_train.checks import check_static
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from laco_train.analysis.settings import SweepSettings, check_sweep
+from laco_train.checks import check_collapse, check_model
 from laco_train.cli.parsing import VerbParser, resolve_arguments, verb_parser
-from laco_train.settings import CollapseSettings, ModelSettings, check_collapse, check_model
+from laco_train.settings import CollapseSettings, ModelSettings
 
 if TYPE_CHECKING:
     import torch

@@ -3,17 +3,9 @@
 import copy
 from pathlib import Path
 
+from laco_train.checks import check_collapse, check_data, check_export, check_model
 from laco_train.cli.parsing import VerbParser, resolve_arguments, verb_parser
-from laco_train.settings import (
-    CollapseSettings,
-    DataSettings,
-    ExportSettings,
-    ModelSettings,
-    check_collapse,
-    check_data,
-    check_export,
-    check_model,
-)
+from laco_train.settings import CollapseSettings, DataSettings, ExportSettings, ModelSettings
 
 
 def parser() -> VerbParser:

@@ -4,9 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from laco_train.checks import check_export
 from laco_train.cli.parsing import VerbParser
 from laco_train.errors import InputError
-from laco_train.settings import Dtype, ExportSettings, check_export
+from laco_train.settings import Dtype, ExportSettings
 
 if TYPE_CHECKING:
     from laco_train.export.converted import Format

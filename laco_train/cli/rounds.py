@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
+from laco_train.checks import check_rounds, check_static
 from laco_train.cli.resume import (
     CONFIG_FILE,
     SUMMARY_FILE,
@@ -42,7 +43,7 @@ from laco_train.export import CardFacts
 from laco_train.export.proof import PLAN_FILE
 from laco_train.files import write_whole
 from laco_train.models import load_config
-from laco_train.settings import ExportSettings, ModelSettings, RoundSettings, check_rounds, check_static
+from laco_train.settings import ExportSettings, ModelSettings, RoundSettings
 from laco_train.study.disk import check_room, needed, run_bytes
 from laco_train.training.distill import distills
 

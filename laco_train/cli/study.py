@@ -7,17 +7,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import SUPPRESS
 
+from laco_train.checks import check_budget, check_collapse, check_data, check_evaluation, check_model
 from laco_train.cli.parsing import VerbParser, add_recipe_flag, resolve_arguments
 from laco_train.errors import InputError
-from laco_train.settings import (
-    SECTIONS,
-    DataSettings,
-    check_budget,
-    check_collapse,
-    check_data,
-    check_evaluation,
-    check_model,
-)
+from laco_train.settings import SECTIONS, DataSettings
 from laco_train.study.settings import StudySettings, check_study, known
 
 if TYPE_CHECKING:

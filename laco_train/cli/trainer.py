@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from laco_train.callbacks.budget import StopAtBudget
-from laco_train.callbacks.checkpoints import last_checkpoint
 from laco_train.callbacks.curves import Curves
 from laco_train.callbacks.divergence import Divergence
 from laco_train.callbacks.duration import EstimateDuration
@@ -34,13 +33,22 @@ from laco_train.callbacks.samples import Moment, Samples
 from laco_train.callbacks.seeds import SeedSteps
 from laco_train.callbacks.stopped_early import StayStopped
 from laco_train.callbacks.utilisation import Utilisation
-from laco_train.cli.loggers import loggers_of, remove_csv_folder, remove_empty, replaces_own
+from laco_train.checks import (
+    check_budget,
+    check_collapse,
+    check_data,
+    check_evaluation,
+    check_export,
+    check_model,
+    check_static,
+)
+from laco_train.cli.endings import ended_by_signal, leave_no_trace
+from laco_train.cli.loggers import loggers_of, replaces_own
 from laco_train.cli.parsing import OneLineErrors, add_recipe_flag, resolve_arguments
 from laco_train.cli.quiet import quieten
 from laco_train.cli.ranks import ending_children, part_ranks, rank_zero_speaks_first
 from laco_train.cli.record import RecordConfig
 from laco_train.cli.resume import (
-    CONFIG_FILE,
     EarlierRun,
     RunIsFinished,
     check_options,
@@ -70,13 +78,6 @@ from laco_train.settings import (
     ModelSettings,
     RoundSettings,
     SpeedSettings,
-    check_budget,
-    check_collapse,
-    check_data,
-    check_evaluation,
-    check_export,
-    check_model,
-    check_static,
 )
 from laco_train.training.checkpoint import read_checkpoint, rebuilt, refuse_other_layout
 from laco_train.training.checkpoint_io import VerifiedCheckpointIO
@@ -297,25 +298,15 @@ class RecipeCLI(LightningCLI):
             with ending_children(self.trainer):
                 super()._run_subcommand(subcommand)
         except (InputError, MisconfigurationException):
-            self._leave_no_trace()
+            leave_no_trace(self.trainer, self._depth_of_folder)
             raise
         except SIGTERMException as error:
-            raise self._stopped_by_signal() from error
+            raise ended_by_signal(self.trainer, self.signals.received or signal.SIGTERM) from error
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            self._leave_no_trace()
+            leave_no_trace(self.trainer, self._depth_of_folder)
             raise TrainingStopped(self._explain_memory(error)) from error
-
-    def _stopped_by_signal(self) -> SystemExit:
-        """What a shell would report of a process ended by the signal, so that a scheduler starts the job again."""
-        if not self.trainer.is_global_zero:
-            return SystemExit(0)  # Lightning kills rank 0 if another rank fails
-        number = self.signals.received or signal.SIGTERM
-        name, step = signal.Signals(number).name, self.trainer.global_step
-        saved = last_checkpoint(self.trainer)
-        print(f"{name}: stopped after step {step}, saved as {saved}; go on with --resume auto.", flush=True)
-        return SystemExit(128 + number)
 
     def _explain_memory(self, error: RuntimeError) -> str:
         c, resumed = self.collapse_settings, self._get(self.config_init, "ckpt_path") is not None
@@ -323,20 +314,6 @@ class RecipeCLI(LightningCLI):
         recipe = {"model": self.model_settings, "data": self.data_settings, "speed": self.speed_settings}
         searched = not given and c.placement != "stream"
         return self.memory.explain(error, self.trainer, {**recipe, "searched": searched})
-
-    def _leave_no_trace(self) -> None:
-        """Remove the folder of a run that never began: Lightning opens the event file before the model is there."""
-        if not isinstance(self.trainer.logger, TensorBoardLogger) or not self.trainer.is_global_zero:
-            return
-        folder = Path(self.trainer.logger.log_dir)  # trainer.log_dir would ask the other ranks, which may be gone
-        if (folder / CONFIG_FILE).exists():
-            return
-        self.trainer.logger.finalize("failed")
-        for events in folder.glob("events.*"):
-            events.unlink()
-        remove_empty(folder, self._depth_of_folder)
-        for logger in self.trainer.loggers:
-            remove_csv_folder(logger)
 
     def before_fit(self) -> None:
         """Refuse a run whose export could not be written at its end; a run that goes on is tidied up first."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from laco_train.checks import check_collapse
 from laco_train.collapse.choice import Choice
 from laco_train.collapse.decoder import Decoder, collapsible, decoder_of, keep_layers
 from laco_train.collapse.merge import DROP, is_norm, merge_weights, merged_names
@@ -21,7 +22,7 @@ from laco_train.collapse.similarity import calibration_batch, read_calibration
 from laco_train.collapse.strategies import STRATEGIES
 from laco_train.collapse.walk import Walk
 from laco_train.errors import InputError
-from laco_train.settings import CollapseSettings, check_collapse
+from laco_train.settings import CollapseSettings
 
 _SAMPLES = 64
 """Weights, evenly spaced, that stand for all of a matrix in a fingerprint, or up to twice as many."""

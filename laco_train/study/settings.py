@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from laco_train.checks import check_static
 from laco_train.errors import InputError
-from laco_train.settings import BudgetSettings, CollapseSettings, check_static
+from laco_train.settings import BudgetSettings, CollapseSettings
 
 RIVALS = ("shortgpt", "sleb", "angular", "tail", "streamline", "greedy")
 ARMS = ("original", "laco", *RIVALS, "scratch")

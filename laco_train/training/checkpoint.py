@@ -11,19 +11,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import PreTrainedTokenizerBase
 
+from laco_train.checks import check_model
 from laco_train.collapse import CollapsePlan, apply_plan
 from laco_train.errors import InputError
 from laco_train.evaluation.record import Accuracy
 from laco_train.models import load_tokenizer
 from laco_train.precision import named_dtype
-from laco_train.settings import (
-    DistillSettings,
-    LoraSettings,
-    ModelSettings,
-    OptimizerSettings,
-    ScheduleSettings,
-    check_model,
-)
+from laco_train.settings import DistillSettings, LoraSettings, ModelSettings, OptimizerSettings, ScheduleSettings
 from laco_train.training.checkpoint_io import broken_records, why_unreadable
 from laco_train.training.module import CHECKPOINT_KEY, CausalLM
 from laco_train.training.sharded import is_sharded, read_sharded

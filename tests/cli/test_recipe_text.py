@@ -10,11 +10,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from laco_train.checks import check_collapse, check_export, check_model
 from laco_train.cli.collapse import parser
 from laco_train.cli.parsing import resolve_arguments
 from laco_train.errors import InputError
 from laco_train.recipes import shipped
-from laco_train.settings import check_collapse, check_export, check_model
 from tests.cli.runs import RECIPE, Project
 from tests.cli.test_bad_input import refused
 from tests.spoilt import spoilt

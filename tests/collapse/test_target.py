@@ -10,9 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from laco_train.checks import check_collapse
 from laco_train.collapse import CollapsePlan, collapse_model
 from laco_train.errors import InputError
-from laco_train.settings import CollapseSettings, check_collapse
+from laco_train.settings import CollapseSettings
 from tests.collapse.helpers import RULES, TEXTS, assert_same_weights, scramble, token_ids
 from tests.oracles.strategies import Threshold, all_thresholds
 

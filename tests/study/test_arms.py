@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
+from laco_train.checks import check_collapse, check_model
 from laco_train.errors import InputError
-from laco_train.settings import CollapseSettings, ModelSettings, RefineSettings, check_collapse, check_model
+from laco_train.settings import CollapseSettings, ModelSettings, RefineSettings
 from laco_train.study.arms import arm_recipe, leaves, merged
 from laco_train.study.settings import ARMS, RIVALS, StudySettings, check_arms
 
