@@ -155,7 +155,9 @@ def _mark_collapses(axes: Axes, line: Line, look: Look, axis: _Axis) -> None:
         x, loss = axis.of(segment[0]), min(segment[0].loss, axes.get_ylim()[1])
         if x is not None:
             text = f"{line.name} to {depth} layers"
-            place: dict[str, Any] = {"xytext": (-3, -2), "textcoords": "offset points", "ha": "right", "va": "top"}
+            height = axes.transAxes.inverted().transform(axes.transData.transform((x, loss)))[1]
+            away, edge = (-2, "top") if height > 0.5 else (2, "bottom")  # else it would leave the figure
+            place: dict[str, Any] = {"xytext": (-3, away), "textcoords": "offset points", "ha": "right", "va": edge}
             behind = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
             axes.annotate(text, (x, loss), **place, fontsize=9, color=look.color, rotation=90, bbox=behind, zorder=5)
 

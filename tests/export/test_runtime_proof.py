@@ -127,38 +127,14 @@ def test_a_near_model_and_its_figures(model: LlamaForCausalLM, tiny_tokenizer: P
     logits = torch.cat([text_logits(model, text) for text in texts])
     ours, theirs = logits.softmax(-1), (logits * 1.05).softmax(-1)
     assert proof.tokens == sum(map(len, texts))
-    assert proof.same == proof.agreement == 1
+    assert proof.agreement == 1
     assert proof.divergence == pytest.approx((ours * (ours / theirs).log()).sum(-1).mean().item(), rel=1e-3)
-    assert "top-1 agreement 1.0000 (at least 0.97; 1.0000 without those less than 0.2 nats apart)" in proof.lines()[0]
-    assert f"mean KL {proof.divergence:.5f} nats (at most 0.01)" in proof.lines()[0]
-
-
-@pytest.mark.parametrize(("gap", "allowed"), [(0.1, True), (0.5, False)])
-def test_a_quantised_choice_counts_by_its_gap(
-    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, gap: float, allowed: bool
-) -> None:
-    """A model that is sure of little; at one position of ten the runtime takes a token about `gap` below the best."""
-
-    def change(logits: Tensor) -> Tensor:
-        changed = logits.clone()
-        for row in changed[::10]:
-            row[(row - row.max() + gap).abs().argmin()] = row.max() + 1e-4
-        return changed
-
-    with torch.no_grad():
-        model.lm_head.weight *= 0.2
-    if allowed:
-        proof = prove_near(model, Other(model, change), tiny_tokenizer)
-        assert proof.same is not None and proof.same < 0.97
-        assert proof.agreement == 1
-    else:
-        with pytest.raises(TrainingStopped, match=r"top-1 agreement 0\.[89]\d+ \(at least 0\.97; .*, mean KL 0\.00"):
-            prove_near(model, Other(model, change), tiny_tokenizer)
+    assert "top-1 agreement 1.0000 (at least 0.97), mean KL 0.0" in proof.lines()[0]
 
 
 @pytest.mark.parametrize("change", [lambda logits: logits * 2, lambda logits: logits.roll(1, dims=1)])
 def test_a_far_model_fails(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, change: Any) -> None:
-    with pytest.raises(TrainingStopped, match=r"top-1 agreement [01]\.\d+ \(at least 0\.97; .*\), mean KL"):
+    with pytest.raises(TrainingStopped, match=r"top-1 agreement [01]\.\d+ \(at least 0\.97\), mean KL"):
         prove_near(model, Other(model, change), tiny_tokenizer)
 
 
