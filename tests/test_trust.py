@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from laco_train.collapse import CollapsePlan
 from laco_train.errors import InputError
@@ -21,8 +21,10 @@ from laco_train.models.sources import package_file
 from laco_train.settings import ModelSettings
 from laco_train.training.module import CHECKPOINT_KEY
 from laco_train.training.sources import HubSet
-from tests.cli.runs import Project, make_project
+from tests.cli.runs import Project, shared_project
 from tests.spoilt import Evil
+
+__all__ = ["shared_project"]
 
 Folder = Callable[..., Path]
 
@@ -185,15 +187,11 @@ def test_package_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
-def project(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Project:
+def project(shared_project: Project) -> Project:
     """A project, its run of one step in lightning_logs."""
-    made = make_project(tmp_path_factory.mktemp("project"), tiny_llama(), tiny_tokenizer)
-    made.fit("--trainer.max_steps", "1", "--export.enabled", "false", "--model.source", str(made.root / "model"))
-    return made
+    source = str(shared_project.root / "model")
+    shared_project.fit("--trainer.max_steps", "1", "--export.enabled", "false", "--model.source", source)
+    return shared_project
 
 
 def test_a_checkpoint_does_not_vouch_for_code(project: Project, tmp_path: Path) -> None:

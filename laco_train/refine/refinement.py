@@ -111,11 +111,12 @@ def _descend(
     """AdamW steps on `trained`, one a batch, until they end or the deadline has passed; returns how many.
 
     Raises:
-        InputError: gradients were not finite at the end.
+        InputError: the last loss was not finite, or too many gradients in a row, whose steps are left out.
     """
     if steps == 0:
         return 0
-    optimizer = adamw(trained, OptimizerSettings(learning_rate=learning_rate))
+    settings = OptimizerSettings(learning_rate=learning_rate)
+    optimizer = adamw(trained, settings)
     schedule = warmup_cosine(optimizer, ScheduleSettings(warmup_steps=max(1, round(_WARMUP * steps))), steps)
     skipped = SkippedSteps()
     done = 0
@@ -130,6 +131,7 @@ def _descend(
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         done += 1
-    if not bool(torch.isfinite(value.detach())):
-        raise InputError("collapse.refine.learning_rate", f"{learning_rate} made the loss not finite; lower it")
+    assert skipped.longest is not None
+    if not bool(torch.isfinite(value.detach())) or int(skipped.longest) >= settings.max_skipped_steps:
+        raise InputError("collapse.refine.learning_rate", f"{learning_rate} made losses not finite; lower it")
     return done

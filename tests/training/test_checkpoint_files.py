@@ -3,7 +3,6 @@
 import copy
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +12,26 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import save
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from laco_train.cli.resume import newest_good
 from laco_train.errors import InputError
 from laco_train.training.checkpoint import read_checkpoint
 from laco_train.training.checkpoint_io import VerifiedCheckpointIO
 from laco_train.training.module import CHECKPOINT_KEY
-from tests.cli.runs import Project, make_project
+from tests.cli.runs import Project, shared_project
 from tests.cli.test_bad_input import refused
 from tests.spoilt import Evil, spoilt
+
+__all__ = ["shared_project"]
 
 SMALL: dict[str, Any] = {CHECKPOINT_KEY: {}, "global_step": 3, "state_dict": {"w": torch.arange(1000.0)}}
 
 
 @pytest.fixture(scope="module")
-def project(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> Project:
+def project(shared_project: Project) -> Project:
     """A project, its run of two steps in lightning_logs."""
-    made = make_project(tmp_path_factory.mktemp("project"), tiny_llama(), tiny_tokenizer)
-    made.fit("--trainer.max_steps", "2", "--export.enabled", "false")
-    return made
+    shared_project.fit("--trainer.max_steps", "2", "--export.enabled", "false")
+    return shared_project
 
 
 @pytest.fixture(scope="module")
