@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from laco_train.collapse import CollapsePlan, apply_plan, collapse_model
 from laco_train.errors import InputError
 from laco_train.refine import Place, Window, refine, windows_of
+from laco_train.refine.refinement import _descend
 from laco_train.refine.windows import window_errors
 from laco_train.settings import CollapseSettings, RefineSettings
 from laco_train.training.loss import Batch
@@ -160,3 +161,20 @@ def test_time_ends_it(original: LlamaForCausalLM, tiny_tokenizer: PreTrainedToke
     model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
     refined = refine(original, model, plan, some_batches(4), replace(SETTINGS, seconds=1e-9), PLACE)
     assert refined.refined is not None and refined.refined.tokens == 2 * 48
+
+
+@pytest.mark.parametrize(("broken", "ends_well"), [(9, True), (10, False)])
+def test_ten_steps_in_a_row_without_finite_gradients_are_told(broken: int, ends_well: bool) -> None:
+    """Though the last loss is a number again."""
+    layer = torch.nn.Linear(2, 2)
+    losses = iter([float("nan")] * broken + [1.0])
+
+    def loss(batch: Batch) -> Tensor:
+        return layer.weight.sum() * next(losses)
+
+    batches = iter([{"input_ids": torch.zeros(1)}] * (broken + 1))
+    if ends_well:
+        assert _descend(layer, loss, batches, broken + 1, 1e-3, PLACE, None) == broken + 1
+        return
+    with pytest.raises(InputError, match=r"collapse\.refine\.learning_rate"):
+        _descend(layer, loss, batches, broken + 1, 1e-3, PLACE, None)
