@@ -43,8 +43,8 @@ def measured_layers(
     optimizer_bytes: int,
     batches: int,
     device: torch.device,
-) -> int:
-    """Fewest layers of `model` that must recompute on the GPU `device`.
+) -> tuple[int, int]:
+    """Fewest layers of `model` that must recompute on the GPU `device`, and the bytes that are then left there.
 
     Args:
         arrange: lets so many layers recompute.
@@ -77,7 +77,9 @@ def measured_layers(
         del reserve
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    return fewest_layers(depth, peak, held, usable_bytes(device))
+    usable = usable_bytes(device)
+    layers = fewest_layers(depth, peak, held, usable)
+    return layers, usable - peak - (depth - layers) * held
 
 
 def optimizer_bytes(model: nn.Module, *, eight_bit: bool, exact: bool) -> int:

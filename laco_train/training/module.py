@@ -30,7 +30,7 @@ from laco_train.training.last_layers import train_last_layers
 from laco_train.training.layers import arrange_layers
 from laco_train.training.loss import Batch, base_of, causal_lm_loss, target_tokens
 from laco_train.training.optim import adamw, warmup_cosine
-from laco_train.training.parallel import distribute, skeleton
+from laco_train.training.parallel import distribute, gathered_bytes, keep_gathered, skeleton
 from laco_train.training.skipping import SkippedSteps, guard_step
 from laco_train.training.teacher import Place, make_teacher
 
@@ -166,8 +166,14 @@ class CausalLM(LightningModule):
 
             o = self.settings.optimizer
             states = optimizer_bytes(self.lm, eight_bit=o.eight_bit, exact=o.small_updates == "float32")
-            layers = measured_layers(self.lm, self._arrange, forward, states, trainer.accumulate_grad_batches, device)
-            layers = int(trainer.strategy.reduce(torch.tensor(layers, device=device), reduce_op="max"))
+            batches = trainer.accumulate_grad_batches
+            layers, left = measured_layers(self.lm, self._arrange, forward, states, batches, device)
+            short = left < gathered_bytes(self.lm)
+            # every rank as the one that has the least room
+            most = trainer.strategy.reduce(torch.tensor([layers, short], device=device), reduce_op="max").tolist()
+            layers = int(most[0])
+            if not most[1]:
+                keep_gathered(self.lm)
         self._arrange(layers)
         return layers
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from laco_train.collapse import decoder_of
 from laco_train.errors import InputError
 from laco_train.models import load_config
+from laco_train.training.loss import base_of
 
 T = TypeVar("T")
 KEY = "trainer.strategy"
@@ -83,8 +84,9 @@ def distribute(model: PreTrainedModel | PeftModel, strategy: Strategy, precision
         receive(model, strategy.root_device)
         return
     mesh = strategy.device_mesh["data_parallel"]
-    gathered_as = torch.bfloat16 if precision == "bf16-mixed" else None
-    policy = MixedPrecisionPolicy(gathered_as, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # bfloat16 weights: gradients are summed in their own type, as one GPU that accumulates sums them
+    mixed = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if precision == "bf16-mixed" else {}
+    policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     for block in (*decoder_of(base).stack, model):
         receive(block, strategy.root_device)
@@ -138,6 +140,19 @@ def as_forward(model: nn.Module, work: Callable[[], T]) -> T:
         return cast("T", model(work))  # without an argument, moving them to the GPU fails in torch 2.11
     finally:
         del model.forward
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Bytes that the layers of a sharded `model` add on a device while all are whole; 0 if it is not sharded."""
+    shards = [p for layer in decoder_of(base_of(model)).stack for p in layer.parameters() if isinstance(p, DTensor)]
+    return sum((p.numel() - local(p).numel()) * p.element_size() for p in shards)
+
+
+def keep_gathered(model: nn.Module) -> None:
+    """Let the layers of a sharded `model` stay whole from the forward to the backward pass, which then gathers none."""
+    for layer in decoder_of(base_of(model)).stack:
+        if isinstance(layer, FSDPModule):
+            layer.set_reshard_after_forward(False)
 
 
 def whole(value: Tensor) -> Tensor:
