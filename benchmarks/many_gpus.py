@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,8 +88,8 @@ class Place:
                 sys.exit(f"{job.name} ended with {code}:\n{(self.work / f'{job.name}.log').read_text()[-4000:]}")
 
     def finished(self, name: str) -> bool:
-        """Whether an earlier call of this program has made that run."""
-        return any(self.work.glob(f"lightning_logs/{name}/version_*/summary.json"))
+        """Whether an earlier call of this program has made that run, or export."""
+        return (self.work / name).is_dir() or any(self.work.glob(f"lightning_logs/{name}/version_*/summary.json"))
 
     def folder(self, name: str) -> Path:
         """Of the newest run of that name."""
@@ -160,42 +159,62 @@ def case_7b(place: Place) -> None:
         taken = ["--trainer.accumulate_grad_batches=1", *common, *options]
         return place.fit(f"7b_fsdp2_{len(gpus)}", "llama2_7b_collapse.yaml", gpus, *taken, strategy=FSDP2)
 
-    def alone(gpu: int, batches: int) -> Job:
+    def alone(gpu: int, batches: int, seed: int = 0) -> Job:
         taken = [f"--trainer.accumulate_grad_batches={batches}", f"--trainer.val_check_interval={VALIDATED * batches}"]
-        name = f"7b_one_gpu_{batches}"
-        return place.fit(
-            name, "llama2_7b_collapse.yaml", (gpu,), *taken, *common, "--trainer.enable_checkpointing=false"
-        )
+        taken += [f"--seed_everything={seed}", "--trainer.enable_checkpointing=false"]
+        name = f"7b_one_gpu_{batches}" + (f"_seed{seed}" if seed else "")
+        return place.fit(name, "llama2_7b_collapse.yaml", (gpu,), *taken, *common)
 
     two = sharded((0, 1), *HALVES, f"--trainer.val_check_interval={VALIDATED}")
     four = sharded((0, 1, 2, 3), f"--trainer.val_check_interval={VALIDATED}", "--trainer.enable_checkpointing=false")
+    four_alone = alone(2, 4)
     many = torch.cuda.device_count() >= 4
-    place.run(*([two, alone(2, 2), alone(3, 4)] if many else [two]))
-    if not many:
+    if many:
+        place.run(two, alone(2, 2), alone(3, 2, seed=1))
+    else:
+        place.run(two)
         place.run(alone(0, 2))
-    append_rows("many_gpus", [beside(place, two.name, "7b_one_gpu_2", 2, "FSDP2") | resumed(place, two)])
+        place.run(alone(0, 2, seed=1))
+    # the same data with other random numbers: small updates of bfloat16 weights are rounded stochastically
+    one, other = (place.summary(f"7b_one_gpu_2{end}")["validation"] for end in ("", "_seed1"))
+    noise = {"one_gpu_apart_by_seed": apart(*([[p["step"], p["loss"]] for p in run] for run in (one, other)))}
+    place.run(*([four_alone] if many else []), resumed_job(place, two), export_job(place, two))
+    append_rows("many_gpus", [beside(place, two.name, "7b_one_gpu_2", 2, "FSDP2") | noise | resumed(place, two)])
     if many:
         place.run(four)
-        append_rows("many_gpus", [beside(place, four.name, "7b_one_gpu_4", 4, "FSDP2")])
+        append_rows("many_gpus", [beside(place, four.name, "7b_one_gpu_4", 4, "FSDP2") | noise])
+
+
+def checkpoint(place: Place, whole: Job, step: int) -> Path:
+    """The sharded checkpoint that a run wrote after so many steps."""
+    (found,) = place.folder(whole.name).glob(f"checkpoints/*step={step}.ckpt")
+    return found
+
+
+def resumed_job(place: Place, whole: Job) -> Job:
+    """The run again, from its checkpoint halfway."""
+    path = checkpoint(place, whole, HALFWAY)
+    again = Job(f"{whole.name}_resumed", whole.gpus, [*whole.arguments, "--ckpt_path", str(path)])
+    again.arguments[again.arguments.index("--name") + 1] = again.name
+    return again
+
+
+def export_job(place: Place, whole: Job) -> Job:
+    """The weights of the last checkpoint, exported on the CPU."""
+    path = checkpoint(place, whole, STEPS)
+    name = f"{whole.name}_export"
+    return Job(name, (), ["export", "--checkpoint", str(path), "--output", str(place.work / name)])
 
 
 def resumed(place: Place, whole: Job) -> dict[str, Any]:
-    """Go on from the sharded checkpoint halfway, and export it and the last one's weights."""
-    folder = place.folder(whole.name)
-    ends = {int(re.findall(r"step=(\d+)", path.name)[0]): path for path in (folder / "checkpoints").glob("*.ckpt")}
-    size = sum(file.stat().st_size for file in ends[HALFWAY].rglob("*"))
-    again = Job(f"{whole.name}_resumed", whole.gpus, [*whole.arguments, "--ckpt_path", str(ends[HALFWAY])])
-    again.arguments[again.arguments.index("--name") + 1] = again.name
-    exported = place.work / "7b_export"
-    export = ["export", "--checkpoint", str(ends[STEPS]), "--output", str(exported)]
-    place.run(again, Job("7b_export", (), export))
-    runs = [place.summary(name)["validation"] for name in (again.name, whole.name)]
+    """What the run that was resumed gave, and what was exported."""
+    runs = [place.summary(name)["validation"] for name in (f"{whole.name}_resumed", whole.name)]
     after, unbroken = ([[point["step"], point["loss"]] for point in run if point["step"] > HALFWAY] for run in runs)
     return {
-        "checkpoint_gib": size / 2**30,
+        "checkpoint_gib": sum(f.stat().st_size for f in checkpoint(place, whole, HALFWAY).rglob("*")) / 2**30,
         "resumed_steps": [step for step, _ in after],
         "resumed_loss_apart_largest": apart(after, unbroken),
-        "exported": sorted(path.name for path in exported.iterdir()),
+        "exported": sorted(path.name for path in (place.work / f"{whole.name}_export").iterdir()),
     }
 
 

@@ -36,9 +36,14 @@ class TrainingClock:
             wait_for(device)
             self._warm = True
 
+    @property
+    def running(self) -> bool:
+        """Whether time is being added up."""
+        return self._since is not None
+
     def start(self, tokens: int) -> None:
         """Run, unless it does already; `tokens` were trained on so far."""
-        if self._warm and self._since is None:
+        if self._warm and not self.running:
             self._since = (time.perf_counter(), tokens)
 
     def stop(self, tokens: int, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from laco_train.callbacks.clock import TrainingClock
 from laco_train.callbacks.divergence import not_finite
 from laco_train.callbacks.layer_collapse import LayerCollapse
-from laco_train.callbacks.loggers import log_to_all
+from laco_train.training.loggers import log_to_all
 from laco_train.callbacks.utilisation import Utilisation
 from laco_train.training.interval import logs_after
 from laco_train.training.loss import Batch, mean_loss
@@ -123,6 +123,10 @@ class Curves(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Time spent validating is no training time."""
+        self.pause(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Nor is time spent writing a checkpoint, which Lightning may do between any two steps."""
         self.pause(trainer)
 
     def pause(self, trainer: Trainer) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from laco_train.callbacks.loggers import log_to_all
+from laco_train.training.loggers import log_to_all
 
 EVENT_FILES = "event_files"
 """Key in a checkpoint: length in bytes of each event file of its run, by name, as the checkpoint was saved."""

@@ -4,11 +4,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor
 
 from laco_train.training.checkpoint_io import broken_shards, not_saved
 
@@ -63,10 +61,6 @@ class NewestCheckpoint(ModelCheckpoint):
     def _save(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-
-    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
-        # the metric of that name is the step of the last validation
-        return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)

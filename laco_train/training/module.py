@@ -28,6 +28,7 @@ from laco_train.training.fused import Kernels, Loss, choose
 from laco_train.training.interval import logs_after
 from laco_train.training.last_layers import train_last_layers
 from laco_train.training.layers import arrange_layers
+from laco_train.training.loggers import log_to_all
 from laco_train.training.loss import Batch, base_of, causal_lm_loss, target_tokens
 from laco_train.training.optim import adamw, warmup_cosine
 from laco_train.training.parallel import distribute, gathered_bytes, keep_gathered, skeleton
@@ -225,13 +226,18 @@ class CausalLM(LightningModule):
             self.validation_loss.update(loss.detach().float(), tokens)
 
     def on_validation_epoch_end(self) -> None:
-        """Log val/loss and its exponential, in a fit at the number of steps done; Lightning's own is one behind."""
-        if self.trainer.state.fn == "fit":
-            self.log("step", float(self.trainer.global_step))
+        """Log val/loss and its exponential, in a fit at the number of steps done: Lightning would be one behind.
+
+        A metric named step would set that right too, but ModelCheckpoint would name its files by it.
+        """
         loss = self.validation_loss.compute()
         self.validation_loss.reset()
-        self.log("val/loss", loss, prog_bar=True)
-        self.log("val/perplexity", loss.exp())
+        values = {"val/loss": loss, "val/perplexity": loss.exp()}
+        fits = self.trainer.state.fn == "fit"
+        self.log("val/loss", loss, prog_bar=True, logger=not fits)
+        self.log("val/perplexity", values["val/perplexity"], logger=not fits)
+        if fits and not self.trainer.sanity_checking:
+            log_to_all(self.trainer, {name: float(value) for name, value in values.items()}, self.trainer.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with warm-up and cosine over the length of the run."""

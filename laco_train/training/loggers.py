@@ -1,4 +1,4 @@
-"""What callbacks log themselves goes to every logger of a run, as what Lightning logs does."""
+"""What module and callbacks log themselves goes to every logger of a run, as what Lightning logs does."""
 
 from collections.abc import Mapping
 
