@@ -109,12 +109,12 @@ class RefineSettings:
     """Tokens to fit on, in whole batches; budget.max_tokens counts them in; 0: none."""
     seconds: float | None = None
     """Stop after this time, whatever tokens are left; above 0; null: no limit."""
-    windows: float = 0.5
-    """Share of the tokens on which layers that stand for several are fitted alone, before all together; 0 to 1."""
+    windows: float = 0.1
+    """Share of the tokens on which layers that stand for several are solved alone, by least squares, first; 0 to 1."""
     batch_size: int = 4
     """Blocks in a step; 1 or more."""
     learning_rate: float = 7e-4
-    """Peak of AdamW, warmed up and lowered to a tenth in each of the two phases; above 0."""
+    """Peak of AdamW, warmed up and lowered to a tenth; above 0."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from laco_train.callbacks.clock import TrainingClock
 from laco_train.callbacks.divergence import not_finite
 from laco_train.callbacks.layer_collapse import LayerCollapse
-from laco_train.training.loggers import log_to_all
 from laco_train.callbacks.utilisation import Utilisation
 from laco_train.training.interval import logs_after
+from laco_train.training.loggers import log_to_all
 from laco_train.training.loss import Batch, mean_loss
 from laco_train.training.memory import peak_gib
 from laco_train.training.module import CausalLM

@@ -13,12 +13,12 @@ from laco_train.callbacks.checkpoints import last_checkpoint
 from laco_train.callbacks.curves import Curves
 from laco_train.callbacks.divergence import diverged
 from laco_train.callbacks.evaluate_at import ends_step
-from laco_train.training.loggers import log_to_all
 from laco_train.errors import InputError, TrainingStopped
 from laco_train.evaluation.harness import TaskRow, evaluate
 from laco_train.evaluation.record import Accuracy, accuracy_of
 from laco_train.settings import EvaluationSettings
 from laco_train.training.layers import called_plainly
+from laco_train.training.loggers import log_to_all
 from laco_train.training.loss import Batch
 from laco_train.training.module import CausalLM
 

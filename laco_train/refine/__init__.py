@@ -1,7 +1,8 @@
 """Refinement (issue 8): the collapsed model is fitted to the original before it is trained on text."""
 
 from laco_train.refine.kernels import refining
-from laco_train.refine.refinement import Place, refine
+from laco_train.refine.place import Place
+from laco_train.refine.refinement import refine
 from laco_train.refine.windows import Window, windows_of
 
 __all__ = ["Place", "Window", "refine", "refining", "windows_of"]

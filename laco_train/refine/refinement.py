@@ -4,19 +4,18 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laco_train.collapse import CollapsePlan, decoder_of
+from laco_train.collapse import CollapsePlan
 from laco_train.collapse.plan import Refined
 from laco_train.errors import InputError
-from laco_train.refine.windows import window_errors, windows_of
+from laco_train.refine.closed_form import solve_windows
+from laco_train.refine.place import Place
+from laco_train.refine.windows import windows_of
 from laco_train.settings import DistillSettings, OptimizerSettings, RefineSettings, ScheduleSettings
 from laco_train.training.distill import Distillation
 from laco_train.training.loss import Batch
@@ -28,19 +27,6 @@ _WARMUP = 0.05  # of a phase's steps
 _LARGEST_NORM = 1.0
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where and how to compute.
-
-    Attributes:
-        device: of both models and of the batches.
-        context: the precision of the forward passes, as a context manager.
-    """
-
-    device: torch.device
-    context: Callable[[], AbstractContextManager[Any]]
-
-
 @torch.enable_grad()
 def refine(
     original: PreTrainedModel,
@@ -50,7 +36,7 @@ def refine(
     settings: RefineSettings,
     place: Place,
 ) -> CollapsePlan:
-    """Fit `collapsed` to `original`, in place: first each window alone, then all together to its distribution.
+    """Fit `collapsed` to `original`, in place: each window alone in closed form, then all together to its distribution.
 
     Nothing is drawn at random: the same batches on the same device give the same weights.
 
@@ -71,21 +57,17 @@ def refine(
     if steps < 1:
         raise InputError("collapse.refine.tokens", f"is {settings.tokens}, less than the {each} of one batch; raise it")
     windows = windows_of(plan)
-    alone = round(settings.windows * steps) if windows else 0
     supply = itertools.cycle(batches)
     began = time.perf_counter()
-    stack = decoder_of(collapsed).stack
-    fitted = nn.ModuleList(stack[window.layer] for window in windows)
-    teacher = Distillation(DistillSettings(logits=1.0), TeacherOnDevice(original, (), logits=True))
     deadline = None if settings.seconds is None else began + settings.seconds
     done = 0
-    phases: list[tuple[int, nn.Module, Callable[[Batch], Tensor]]] = [
-        (alone, fitted, lambda batch: window_errors(original, collapsed, windows, batch).sum()),
-        (steps - alone, collapsed, lambda batch: teacher(collapsed, batch).total),
-    ]
+    if windows and (alone := round(settings.windows * steps)):
+        done = solve_windows(original, collapsed, windows, itertools.islice(supply, alone), place, deadline)
+    teacher = Distillation(DistillSettings(logits=1.0), TeacherOnDevice(original, (), logits=True))
     collapsed.train()
-    for count, trained, loss in phases:
-        done += _descend(trained, loss, itertools.islice(supply, count), count, settings.learning_rate, place, deadline)
+    left = steps - done
+    rest, rate = itertools.islice(supply, left), settings.learning_rate
+    done += _descend(collapsed, lambda batch: teacher(collapsed, batch).total, rest, left, rate, place, deadline)
     collapsed.eval()
     if place.device.type == "cuda":
         torch.cuda.synchronize(place.device)

@@ -1,6 +1,6 @@
-"""Each layer that stands for several is fitted alone to what they did, all such layers at once.
+"""Layers that stand for several, and what entered and left those in the original.
 
-Every fit needs the original's hidden states only, so that one forward pass of the original serves them all.
+Fitting each to what they did needs the original's hidden states only, so that one forward pass serves them all.
 Shapes: B blocks, T tokens, D hidden size.
 """
 
@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laco_train.collapse import CollapsePlan, decoder_of
 from laco_train.collapse.similarity import hidden_of
-from laco_train.training.distill import hidden_error, matched_layers
-from laco_train.training.loss import Batch, model_inputs
+from laco_train.training.distill import matched_layers
 
 
 @dataclass(frozen=True)
@@ -41,26 +39,8 @@ def windows_of(plan: CollapsePlan) -> tuple[Window, ...]:
     return tuple(window for window in every if window.last > window.first)
 
 
-def window_errors(
-    original: PreTrainedModel, collapsed: PreTrainedModel, windows: Sequence[Window], batch: Batch
-) -> Tensor:
-    """(number of windows,) relative squared error of each layer on the original's states, with a graph.
-
-    The error of a token is relative to the square of the state that it should reach, see `hidden_error`.
-    """
-    stack = decoder_of(collapsed).stack
-    with torch.no_grad(), _recorded(original, windows) as (entering, leaving):
-        original.base_model(**model_inputs(original, batch))
-    errors = []
-    for window in windows:
-        args, kwargs = entering[window.first]
-        reached = hidden_of(stack[window.layer](*args, **kwargs))
-        errors.append(hidden_error(reached.flatten(0, 1), leaving[window.last].flatten(0, 1)).mean())
-    return torch.stack(errors)
-
-
 @contextmanager
-def _recorded(
+def recorded(
     original: PreTrainedModel, windows: Sequence[Window]
 ) -> Iterator[tuple[dict[int, tuple[Any, Any]], dict[int, Tensor]]]:
     """Arguments with which the windows' first layers are called, and (B, T, D) what their last ones give, by index."""

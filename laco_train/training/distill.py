@@ -18,7 +18,7 @@ from laco_train.training.loss import Batch, model_inputs, next_tokens, target_to
 # Numbers in float32 at once in each of a handful of tensors: 64 MiB, 341 tokens of a vocabulary of 49,152.
 ELEMENTS_AT_ONCE = 2**24
 _IGNORED = -100
-_EPSILON = 1e-6
+EPSILON = 1e-6
 
 Terms = Callable[[Tensor, slice], Tensor]
 
@@ -112,7 +112,7 @@ def hidden_error(student: Tensor, teacher: Tensor) -> Tensor:
     Relative for each token, as the first token's state is hundreds of times larger than others in many models.
     """
     target = teacher.float()
-    return (student.float() - target).square().sum(-1) / (target.square().sum(-1) + _EPSILON)
+    return (student.float() - target).square().sum(-1) / (target.square().sum(-1) + EPSILON)
 
 
 class Teacher(Protocol):

@@ -1,4 +1,4 @@
-"""The collapsed model fitted to the original: windows alone against a loop of its own, then all together."""
+"""The collapsed model fitted to the original: windows alone, then all together."""
 
 import copy
 from collections.abc import Callable
@@ -16,7 +16,6 @@ from laco_train.collapse import CollapsePlan, apply_plan, collapse_model
 from laco_train.errors import InputError
 from laco_train.refine import Place, Window, refine, windows_of
 from laco_train.refine.refinement import _descend
-from laco_train.refine.windows import window_errors
 from laco_train.settings import CollapseSettings, RefineSettings
 from laco_train.training.loss import Batch
 from tests.collapse.helpers import TEXTS, assert_same_weights, scramble
@@ -72,23 +71,6 @@ def test_a_dropped_first_layer_has_no_layer_that_stands_for_it(
     assert windows_of(plan) == (Window(4, 5, 6),)
 
 
-def test_errors_are_those_of_whole_models(original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    """The states that Transformers itself hands out, and each layer run on them in a model of its own."""
-    model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
-    (batch,) = some_batches(1)
-    call = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-    states = original(**call, output_hidden_states=True).hidden_states
-    expected = []
-    for window in windows_of(plan):
-        whole = copy.deepcopy(original)
-        whole.model.layers[window.first].load_state_dict(model.model.layers[window.layer].state_dict())
-        reached = whole(**call, output_hidden_states=True).hidden_states[window.first + 1]
-        apart = (reached - states[window.last + 1]).square().sum(-1) / states[window.last + 1].square().sum(-1)
-        expected.append(apart.mean())
-    found = window_errors(original, model, windows_of(plan), batch)
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("settings", [DROPPED, MERGED], ids=["dropped", "merged"])
 def test_it_comes_nearer_to_the_original(
     settings: CollapseSettings, original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
@@ -105,17 +87,14 @@ def test_it_comes_nearer_to_the_original(
     assert not model.training
 
 
-def test_windows_alone_change_their_layers_alone(
+def test_windows_alone_change_their_last_projections_alone(
     original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
     before = copy.deepcopy(model.state_dict())
-    errors = window_errors(original, model, windows_of(plan), some_batches(1)[0])
     refine(original, model, plan, some_batches(20), replace(SETTINGS, windows=1.0), PLACE)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed and all(name.startswith(("model.layers.1.", "model.layers.2.")) for name in changed)
-    now = window_errors(original, model, windows_of(plan), some_batches(1)[0])
-    assert bool((now < 0.7 * errors).all())
+    assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)}
 
 
 def test_the_plan_and_its_file_give_the_same_weights(
@@ -157,7 +136,7 @@ def test_a_rate_that_explodes_is_told(original: LlamaForCausalLM, tiny_tokenizer
 
 
 def test_time_ends_it(original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    """One step of each phase is done in any case."""
+    """One batch of each phase is read in any case."""
     model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
     refined = refine(original, model, plan, some_batches(4), replace(SETTINGS, seconds=1e-9), PLACE)
     assert refined.refined is not None and refined.refined.tokens == 2 * 48

@@ -1,0 +1,21 @@
+"""Where a refinement computes."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how to compute.
+
+    Attributes:
+        device: of both models and of the batches.
+        context: the precision of the forward passes, as a context manager.
+    """
+
+    device: torch.device
+    context: Callable[[], AbstractContextManager[Any]]
