@@ -8,7 +8,8 @@ Arms are those of the study (issue 8): its runs, its sweep of the learning rate 
 data order. `best` is collapse and refinement of smollm2_135m_best.yaml; what it refines on comes off its budget.
 `optipfair` removes the layers that OptiPFair 0.4.2 (pip install --no-deps optipfair==0.4.2) ranks lowest on the same
 calibration text. In `distilled`, all arms learn from the original trained on, whose run of `plain` is made first.
-A row is appended for each run once it is there.
+Each arm takes the learning rate that its sweep at 22 layers with plain loss chose. A row is appended for each run once
+it is there, and what has its rows is not run again; the original is, on every kind of machine.
 """
 
 import argparse
@@ -29,10 +30,14 @@ from common import RESULTS, header
 from laco_train.recipes import find_recipe
 
 ARMS = ("original", "best", "laco", "shortgpt", "sleb", "angular", "tail", "streamline", "greedy", "optipfair")
+ORIGINAL = 30  # its layers
 DEPTHS, OBJECTIVES = (22, 25, 15), ("plain", "distilled")
-RATES = [5.0e-4, 1.0e-3, 2.0e-3]
+RATES = [1.0e-3, 2.0e-3, 3.0e-3]
+SWEPT = ("plain", 22)  # whose learning rates serve for the other depths and objectives
 DISTILLED = 0.5  # share of the loss that is the divergence from the teacher
-KEY = ("strategy", "depth", "seed", "objective")
+SWEEP = 0.3  # share of the budget that each learning rate is tried for
+RESULTS_FILE = RESULTS / "quality.json"
+KEY = ("strategy", "depth", "seed", "objective")  # and the machine, of the original
 
 
 @dataclass(frozen=True)
@@ -56,20 +61,28 @@ class Quality:
         """The study's recipe, written to the work folder; the same whenever it is asked for."""
         recipe: dict[str, Any] = yaml.safe_load(find_recipe("smollm2_135m_study.yaml").read_text(encoding="utf-8"))
         best = yaml.safe_load(find_recipe("smollm2_135m_best.yaml").read_text(encoding="utf-8"))["collapse"]
-        own: dict[str, Any] = {arm: {} for arm in arms}
+        # one run of the original stands beside all depths
+        own: dict[str, Any] = {arm: {} for arm in arms if arm != "original" or depth == SWEPT[1]}
         if "best" in own:
             best["target_depth"] = depth
             own["best"] = {"collapse": best}
         if "optipfair" in own:
             own["optipfair"] = {"collapse": {"remove": optipfair(recipe, depth, self.work)}}
-        if "laco" in own and depth < 16:  # two layers a merge leave 16 at least
-            own["laco"] = {"collapse": {"layers_per_merge": 3}}
-        recipe["study"] |= {"arms": own, "seeds": list(self.seeds), "learning_rates": list(self.rates)}
+        if "laco" in own and depth < 16:  # two layers a merge leave 16 at least, unless merged ones merge again
+            own["laco"] = {"collapse": {"min_interval": 1}}
+        swept = (objective, depth) == SWEPT
+        if not swept:
+            for arm in own:
+                own[arm] = own[arm] | {"model": {"optimizer": {"learning_rate": self.rate(arm)}}}
+        recipe["study"] |= {"arms": own, "seeds": list(self.seeds), "sweep_share": SWEEP}
+        recipe["study"]["learning_rates"] = list(self.rates) if swept else []
         recipe["collapse"]["target_depth"] = depth
         recipe["budget"] = {"max_tokens": 10_000_000, "evaluate_at": [0.1, 0.5, 1.0]}
         recipe["export"]["enabled"] = False
+        recipe["data"]["batch_size"] = 32
         recipe["trainer"] |= {
             "enable_checkpointing": False,
+            "accumulate_grad_batches": 1,
             "val_check_interval": 1000,
             "default_root_dir": str(self.work),
         }
@@ -78,6 +91,19 @@ class Quality:
         path = self.work / f"{self.name(objective, depth)}.yaml"
         path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         return path
+
+    def rate(self, arm: str) -> float:
+        """Learning rate of `arm` in the results of `SWEPT`, maybe of another day.
+
+        Raises:
+            SystemExit: it was not run.
+        """
+        objective, depth = SWEPT
+        for row in kept_rows():
+            if (row["strategy"], row["objective"]) == (arm, objective) and row["depth"] in (depth, ORIGINAL):
+                found: float = row["learning_rate"]
+                return found
+        sys.exit(f"{arm} has no learning rate yet: run --objectives {objective} --depths {depth} first")
 
     @property
     def teacher(self) -> Path:
@@ -154,20 +180,31 @@ def rows_of(quality: Quality, objective: str, depth: int, arm: str) -> list[dict
 
 def append(rows: list[dict[str, Any]]) -> None:
     """Add `rows` to quality.json, each with a header, in place of earlier ones of the same run."""
-    path = RESULTS / "quality.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**header(), "rows": []}
-    fresh = {tuple(row[key] for key in KEY) for row in rows}
-    kept = [row for row in found["rows"] if tuple(row[key] for key in KEY) not in fresh]
-    found["rows"] = [*kept, *({**row, **header()} for row in rows)]
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    now = [{**row, **header()} for row in rows]
+    fresh = set(map(key_of, now))
+    found = {**header(), "rows": [*(row for row in kept_rows() if key_of(row) not in fresh), *now]}
+    RESULTS_FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What no two rows share."""
+    return (*(row[name] for name in KEY), row["machine"] if row["strategy"] == "original" else None)
+
+
+def kept_rows() -> list[dict[str, Any]]:
+    """Rows of earlier runs."""
+    if not RESULTS_FILE.exists():
+        return []
+    rows: list[dict[str, Any]] = json.loads(RESULTS_FILE.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def export_teacher(quality: Quality, gpu: str) -> None:
     """Train the original on as the plain study does, and export it, unless that was done."""
     if quality.teacher.exists():
         return
-    recipe = quality.recipe("plain", DEPTHS[0], ("original",)).rename(quality.work / "quality_teacher.yaml")
-    options = ["--study.seeds=[0]", "--export.enabled=true", "--trainer.enable_checkpointing=false"]
+    recipe = quality.recipe(*SWEPT, ("original",)).rename(quality.work / "quality_teacher.yaml")
+    options = ["--export.enabled=true", f"--study.learning_rates=[{quality.rate('original')}]"]
     made_by = Quality(quality.work, (*quality.shared, *options), (0,), quality.rates)
     if not run(made_by, "original", recipe, gpu):
         sys.exit("the teacher was not trained")
@@ -179,7 +216,7 @@ def main() -> None:
     """Run what is asked for, each arm on the next free GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for runs")
-    parser.add_argument("--gpus", default="0", help="numbers of the GPUs to use")
+    parser.add_argument("--gpus", default="0", help="numbers of the GPUs; one that is named twice runs two at once")
     parser.add_argument("--depths", default=",".join(map(str, DEPTHS)))
     parser.add_argument("--objectives", default=",".join(OBJECTIVES))
     parser.add_argument("--arms", default=",".join(ARMS))
@@ -191,22 +228,39 @@ def main() -> None:
     seeds, rates = tuple(map(int, options.seeds.split(","))), tuple(map(float, options.rates.split(",")))
     quality = Quality(options.work.resolve(), tuple(shared), seeds, rates)
     objectives, depths = options.objectives.split(","), list(map(int, options.depths.split(",")))
-    if "distilled" in objectives:
-        export_teacher(quality, gpus[0])
-    waiting: queue.SimpleQueue[tuple[str, int, str, Path]] = queue.SimpleQueue()
-    for objective, depth in itertools.product(objectives, depths):
-        recipe = quality.recipe(objective, depth, arms)
-        for arm in arms:
-            waiting.put((objective, depth, arm, recipe))
+    every = sorted(itertools.product(objectives, depths), key=lambda study: study != SWEPT)  # rates first
+    for together in ([one for one in every if one == SWEPT], [one for one in every if one != SWEPT]):
+        if any(objective == "distilled" for objective, _ in together):
+            export_teacher(quality, gpus[0])
+        runs = [(*study, arm) for study in together for arm in arms if is_left(quality, *study, arm)]
+        work_off(quality, runs, arms, gpus)
+
+
+def is_left(quality: Quality, objective: str, depth: int, arm: str) -> bool:
+    """Whether a row of an arm is missing; at other depths the original is not asked for."""
+    if arm == "original" and depth != SWEPT[1]:
+        return False
+    left = ORIGINAL if arm == "original" else depth
+    wanted = [dict(zip(KEY, (arm, left, seed, objective), strict=True)) for seed in quality.seeds]
+    there = set(map(key_of, kept_rows()))
+    return not all(key_of(row | {"machine": header()["machine"]}) in there for row in wanted)
+
+
+def work_off(quality: Quality, runs: list[tuple[str, int, str]], arms: tuple[str, ...], gpus: list[str]) -> None:
+    """Make `runs`, (objective, depth, arm) each, on whichever of `gpus` is free."""
+    recipes = {study: quality.recipe(*study, arms) for study in dict.fromkeys(run[:2] for run in runs)}
+    waiting: queue.SimpleQueue[tuple[str, int, str]] = queue.SimpleQueue()
+    for one in runs:
+        waiting.put(one)
     writing = threading.Lock()
 
     def work(gpu: str) -> None:
         while True:
             try:
-                objective, depth, arm, recipe = waiting.get_nowait()
+                objective, depth, arm = waiting.get_nowait()
             except queue.Empty:
                 return
-            run(quality, arm, recipe, gpu)
+            run(quality, arm, recipes[objective, depth], gpu)
             with writing:
                 append(rows_of(quality, objective, depth, arm))
 
