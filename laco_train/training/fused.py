@@ -21,8 +21,10 @@ from laco_train.training.loss import Batch, base_of, causal_lm_loss, model_input
 from laco_train.training.parallel import as_forward
 
 Loss = Callable[[nn.Module, Batch], Tensor]
-# Two ways of rounding in half precision differ by less; a missing mask or cap differs by more.
+# Two ways of rounding in half precision differ by less; a missing mask or cap differs by more. Relative, or nats.
 _TOLERANCE = 0.02
+# Nats up to which it is absolute: a model that is much collapsed has losses of 20, and rounds as much coarser.
+_ORDINARY_LOSS = 3.0
 # Logits of a probe are made so many times larger: a cap leaves small ones as they are.
 _ENLARGED = 256
 
@@ -130,7 +132,7 @@ def _same(model: nn.Module, probe: Batch, expected: Tensor, loss: Loss, *, atten
         with torch.enable_grad():
             found = loss(model, probe)
             found.backward()  # a kernel may fit the GPU in one direction only
-        differs = abs(float(found) - float(expected)) > _TOLERANCE
+        differs = abs(float(found) - float(expected)) > tolerated(float(expected))
         reason = f"{what} would differ by {abs(float(found) - float(expected)):.3f} nats" if differs else ""
     except torch.OutOfMemoryError:  # says nothing of what the model can do, and ends in advice
         raise
@@ -143,6 +145,11 @@ def _same(model: nn.Module, probe: Batch, expected: Tensor, loss: Loss, *, atten
         if what == "attention":
             set_document_attention(model, False)
     return not reason
+
+
+def tolerated(loss: float) -> float:
+    """Nats by which two ways to the same loss may differ."""
+    return _TOLERANCE * max(1.0, loss / _ORDINARY_LOSS)
 
 
 def _plain_head(model: nn.Module, probe: Batch, reasons: list[str]) -> bool:

@@ -345,3 +345,15 @@ def test_kernel_that_fails_in_the_backward_pass_is_left_out() -> None:
         assert reasons == ["loss: out of resource: shared memory"]
         assert fused._same(model, BATCH, expected, causal_lm_loss, attention=False, reasons=reasons)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("loss", "apart", "same"), [(3.25, 0.019, True), (3.25, 0.03, False), (20.66, 0.082, True)])
+def test_rounding_of_a_large_loss_is_coarser(loss: float, apart: float, same: bool) -> None:
+    """0.082 nats apart were two roundings of a model collapsed to 12 of 30 layers, whose loss was 20.66."""
+    weight = nn.Parameter(torch.tensor(loss + apart))
+    model = nn.Module()
+    model.register_parameter("weight", weight)
+    model.config = type("Config", (), {"_attn_implementation": "sdpa"})()
+    reasons: list[str] = []
+    found = fused._same(model, {}, torch.tensor(loss), lambda m, b: 1 * m.weight, attention=False, reasons=reasons)
+    assert found == same and bool(reasons) != same
