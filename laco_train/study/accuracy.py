@@ -85,12 +85,13 @@ def accuracy_tables(arms: Sequence[Arm]) -> list[Table]:
         for place in max(curves, key=len):
             at = (place.tokens, place.number)
             cells = (next((one for one in curve if (one.tokens, one.number) == at), None) for curve in curves)
-            rows.append((arm.name, ", ".join(map(str, arm.depths)), count(place.tokens), *map(_cell, cells)))
+            rows.append((arm.name, ", ".join(map(str, arm.depths)), count(place.tokens), *map(accuracy_cell, cells)))
     header = ("arm", "layers", "tokens", *columns)
     return [Table("Accuracy on tasks", _about(arms), header, tuple(rows))] if rows else []
 
 
-def _cell(one: Moment | None) -> str:
+def accuracy_cell(one: Moment | None) -> str:
+    """An accuracy ± its standard error, marked if it is no better than chance."""
     if one is None:
         return NONE
     error = "" if one.estimate.error is None else f" ± {one.estimate.error:.3f}"

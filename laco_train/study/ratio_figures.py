@@ -2,20 +2,48 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from laco_train.analysis.figures import Picture
 from laco_train.study.figures import Look, decades, label_ends, looks
-from laco_train.study.ratios import Level, Line, OverRatios, Quantity, perplexity
+from laco_train.study.ratios import Line, OverRatios, Quantity, perplexity
 
+End = tuple[str, float, float, Look]
+"""Where a line ends: its label, x and y in the axes' units, and how it is drawn."""
 _FAR = 3
 """Lines that end so many times further from the median than that is from the best are cut off in a figure of losses."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A value over a ratio.
+
+    Attributes:
+        removed: share of all parameters that is gone.
+        value: in the figure's unit.
+        low, high: ends of its band or bar; both are the value where there is none.
+    """
+
+    removed: float
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """An arm in a figure: one point or more, the smallest ratio first, and how it is drawn."""
+
+    name: str
+    points: list[Mark]
+    look: Look
 
 
 def ratio_pictures(found: OverRatios) -> list[Picture]:
@@ -36,64 +64,102 @@ def _figure(found: OverRatios, q: Quantity, log: bool) -> Figure:
     shown = perplexity if log else float
     said: Callable[[float], str] = number if log else "{:.3f}".format
     original = None if found.original is None else found.original.values[q.key]
-    lines = [line for line in found.lines if _points(line, q)]
-    values = [[shown(mean) for _, mean, _ in _points(line, q)] for line in lines]
-    _limit(axes, found, values, None if original is None else shown(original.mean), log)
-    ends = []
-    for line, look in zip(lines, looks([False] * len(lines)), strict=True):
-        x, value = _draw(axes, line, q, look, shown)
-        ends.append((f"{line.name} {said(value)}", x, value, look))
-    if original is not None:
-        grey = Look(mpl.rcParams["text.color"], "", (0, (1, 3)))
-        axes.axhline(shown(original.mean), color=grey.color, linestyle=grey.line, linewidth=1.2, zorder=1)
-        ends.append((f"original {said(shown(original.mean))}", axes.get_xlim()[1], shown(original.mean), grey))
-    label_ends(axes, ends)
-    axes.set_ylabel(f"perplexity {q.title}" if log else f"loss {q.title} (nats per token)")
-    axes.set_xlabel("parameters removed, and layers left")
-    axes.grid(alpha=0.5)
-    axes.set_axisbelow(True)
+    curves = curves_of(found, partial(_points, q=q, shown=shown))
+    level = None if original is None else shown(original.mean)
+    _limit(axes, [curve.points for curve in curves], level, log)
+    place_ticks(axes, found)
+    ends = [draw_curve(axes, curve, said) for curve in curves]
+    if level is not None:
+        ends.append(draw_level(axes, f"original {said(level)}", level))
+    finish(axes, ends, f"perplexity {q.title}" if log else f"loss {q.title} (nats per token)")
     return figure
 
 
-def _points(line: Line, q: Quantity) -> list[tuple[Level, float, float]]:
-    """(level, mean, deviation) where the quantity is known."""
-    known = [(level, value) for level in line.levels if (value := level.values[q.key]) is not None]
-    return [(level, value.mean, value.deviation or 0.0) for level, value in known]
+def curves_of(found: OverRatios, points_of: Callable[[Line], list[Mark]]) -> list[Curve]:
+    """The arms that have any point, each in the look that it has in all figures."""
+    drawn_as = looks([False] * len(found.lines))
+    each = [Curve(line.name, points_of(line), look) for line, look in zip(found.lines, drawn_as, strict=True)]
+    return [curve for curve in each if curve.points]
 
 
-def _draw(axes: Axes, line: Line, q: Quantity, look: Look, shown: Callable[[float], float]) -> tuple[float, float]:
-    """Draw one arm, and return where it ends."""
-    points = _points(line, q)
-    xs, values = [100 * level.removed for level, _, _ in points], [shown(mean) for _, mean, _ in points]
+def _points(line: Line, q: Quantity, shown: Callable[[float], float]) -> list[Mark]:
+    """Where the quantity is known, with the standard deviation over seeds."""
+    points = []
+    for level in line.levels:
+        if (value := level.values[q.key]) is not None:
+            low, high = (shown(value.mean + sign * (value.deviation or 0.0)) for sign in (-1, 1))
+            points.append(Mark(level.removed, shown(value.mean), low, high))
+    return points
+
+
+def draw_curve(axes: Axes, curve: Curve, said: Callable[[float], str], *, bars: bool = False) -> End:
+    """Draw one arm, with a band about it, or with bars if asked and where a band would have no width; return its end.
+
+    Args:
+        axes: with limits and ticks.
+        curve: the arm.
+        said: its last value as text.
+        bars: instead of a band.
+    """
+    xs, values = [100 * point.removed for point in curve.points], [point.value for point in curve.points]
+    look = curve.look
     shape: dict[str, Any] = {"color": look.color, "linestyle": look.line, "linewidth": 1.8, "zorder": 3}
     axes.plot(xs, values, marker=look.marker or None, markersize=5, **shape)
-    if any(deviation for _, _, deviation in points):
-        low, high = ([shown(mean + sign * deviation) for _, mean, deviation in points] for sign in (-1, 1))
+    low, high = [point.low for point in curve.points], [point.high for point in curve.points]
+    if low == high:
+        pass
+    elif bars or len(xs) == 1:
+        axes.vlines(xs, low, high, color=look.color, linewidth=1, zorder=3)
+    else:
         axes.fill_between(xs, low, high, color=look.color, alpha=0.18, linewidth=0)
-    return xs[-1], values[-1]
+    return f"{curve.name} {said(values[-1])}", xs[-1], values[-1], look
 
 
-def _limit(axes: Axes, found: OverRatios, lines: Sequence[Sequence[float]], original: float | None, log: bool) -> None:
-    known = [value for line in lines for value in line]
-    bottom, top = min([*known, *([] if original is None else [original])]), max([*known, original or 0.0])
+def draw_level(axes: Axes, text: str, value: float, line: Any = (0, (1, 3)), width: float = 1.2) -> End:
+    """Draw a horizontal line in the text's colour, and return where it ends, with `text` as its label."""
+    look = Look(mpl.rcParams["text.color"], "", line)
+    axes.axhline(value, color=look.color, linestyle=line, linewidth=width, zorder=1)
+    return text, axes.get_xlim()[1], value, look
+
+
+def finish(axes: Axes, ends: Sequence[End], label: str) -> None:
+    """Names at the ends of lines, labels of both axes, and a grid."""
+    label_ends(axes, ends)
+    axes.set_ylabel(label)
+    axes.set_xlabel("parameters removed, and layers left")
+    axes.grid(alpha=0.5)
+    axes.set_axisbelow(True)
+
+
+def _limit(axes: Axes, lines: Sequence[Sequence[Mark]], original: float | None, log: bool) -> None:
+    level = [] if original is None else [original]
+    known = [*level, *(end for line in lines for point in line for end in (point.low, point.high))]
     if log:
+        bottom, top = min(known) / 1.15, max(known) * 1.15
         axes.set_yscale("log")
-        axes.set_ylim(bottom / 1.15, top * 1.15)
-        axes.set_yticks(decades(bottom / 1.15, top * 1.15))
+        axes.set_ylim(bottom, top)
+        ticks = decades(bottom, top)
+        even = [tick for tick in MaxNLocator(5).tick_values(bottom, top) if bottom <= tick <= top]
+        axes.set_yticks(ticks if len(ticks) > 1 else even)
         axes.yaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e6 else _power(value))
+            FuncFormatter(lambda value, _: f"{value:,.6g}" if value < 1e6 else _power(value))
         )
         axes.yaxis.set_minor_locator(NullLocator())
     else:
-        ends = sorted(line[-1] for line in lines)
+        ends = sorted(line[-1].value for line in lines)
         middle = ends[len(ends) // 2]
-        near = [line for line in lines if line[-1] <= middle + _FAR * (middle - ends[0]) + 0.1]
-        top = max([value for line in near for value in line] + [original or 0.0])
-        axes.set_ylim(bottom - 0.04 * (top - bottom), top + 0.04 * (top - bottom))
-    _ticks(axes, found)
+        near = [line for line in lines if line[-1].value <= middle + _FAR * (middle - ends[0]) + 0.1]
+        limit_to(axes, min(known), max([point.high for line in near for point in line] + level))
 
 
-def _ticks(axes: Axes, found: OverRatios) -> None:
+def limit_to(axes: Axes, bottom: float, top: float) -> None:
+    """Limits that leave some room about values from `bottom` to `top`, which may be alike."""
+    room = 0.04 * (top - bottom) or 0.05 * abs(top) or 0.05
+    axes.set_ylim(bottom - room, top + room)
+
+
+def place_ticks(axes: Axes, found: OverRatios) -> None:
+    """A tick for each number of layers left."""
     places = {level.depth: 100 * level.removed for line in found.lines for level in line.levels}
     axes.set_xticks(list(places.values()), [f"{x:.0f}%\n{depth}" for depth, x in places.items()])
     first, last = min(places.values()), max(places.values())

@@ -2,11 +2,12 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from laco_train.study.measures import Spread
+from laco_train.study.ratio_accuracy import MeanAccuracies, accuracy_columns, accuracy_values
 from laco_train.study.ratio_figures import number
-from laco_train.study.ratios import QUANTITIES, Level, OverRatios, Quantity, perplexity
+from laco_train.study.ratios import ORIGINAL, QUANTITIES, Level, OverRatios, Quantity, perplexity
 from laco_train.study.tables import NONE, Table, count, percent
 
 _LACO = "laco"
@@ -28,18 +29,30 @@ def _lowest(q: Quantity, ranks: dict[float, list[tuple[str, float]]]) -> str:
     firsts: dict[str, list[str]] = {}
     for ratio, ranked in ranks.items():
         firsts.setdefault(ranked[0][0], []).append(f"{100 * ratio:g}%")
-    each = "; ".join(f"{name} at {_listed(where)}" for name, where in firsts.items())
+    each = "; ".join(f"{name} at {listed(where)}" for name, where in firsts.items())
     return f"The lowest loss {q.title}: {each}."
 
 
 def _layer_collapse(q: Quantity, ranks: dict[float, list[tuple[str, float]]]) -> list[str]:
+    behind = {
+        ratio: [(name, f"{loss - ranked[0][1]:+.3f}") for name, loss in ranked] for ratio, ranked in ranks.items()
+    }
+    return [f"Layer Collapse {q.title} (above the lowest): {places}." for places in layer_collapse(behind)]
+
+
+def layer_collapse(ranks: Mapping[float, Sequence[tuple[str, str]]]) -> list[str]:
+    """Where Layer Collapse stands: "place 1 of 3 at 10% (+0.000) and 2 of 3 at 50% (+2.000)"; none if nowhere.
+
+    Args:
+        ranks: by ratio, the best arm first, each with what is told of it.
+    """
     told = []
     for ratio, ranked in ranks.items():
         names = [name for name, _ in ranked]
         if _LACO in names:
-            behind = ranked[names.index(_LACO)][1] - ranked[0][1]
-            told.append(f"{names.index(_LACO) + 1} of {len(names)} at {100 * ratio:g}% ({behind:+.3f})")
-    return [f"Layer Collapse {q.title} (above the lowest): place {_listed(told)}."] if told else []
+            place = names.index(_LACO)
+            told.append(f"{place + 1} of {len(names)} at {100 * ratio:g}% ({ranked[place][1]})")
+    return [f"place {listed(told)}"] if told else []
 
 
 def _stability(found: OverRatios, q: Quantity) -> list[str]:
@@ -53,7 +66,8 @@ def _stability(found: OverRatios, q: Quantity) -> list[str]:
     return [f"From {100 * first:g}% to {100 * last:g}% of the parameters removed, the loss {q.title} changes: {each}."]
 
 
-def _listed(parts: Sequence[str]) -> str:
+def listed(parts: Sequence[str]) -> str:
+    """ "a, b and c"; one part or more."""
     return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
 
 
@@ -67,7 +81,7 @@ def _table(found: OverRatios, q: Quantity) -> Table:
     rows = []
     original = None if found.original is None else found.original.values[q.key]
     if original is not None:
-        rows.append(("original", _value(original), *[""] * len(found.ratios)))
+        rows.append((ORIGINAL, _value(original), *[""] * len(found.ratios)))
     for line in found.lines:
         cells = [
             _value(line.at(ratio, q.key)) + ("*" if lowest.get(ratio) == line.name else "") for ratio in found.ratios
@@ -105,15 +119,16 @@ def _size_table(found: OverRatios) -> Table:
     return Table("What the ratios are", about, ("asked for", "removed", "layers left", "parameters left"), rows)
 
 
-def ratios_csv(found: OverRatios) -> str:
-    """A row for each arm and ratio; the original's ratio is 0."""
+def ratios_csv(found: OverRatios, means: MeanAccuracies) -> str:
+    """A row for each arm and ratio; the original's ratio is 0. Without columns of accuracies where none is known."""
     stream = io.StringIO()
     rows = csv.writer(stream, lineterminator="\n")
     columns = [f"{name}_{q.key}" for q in QUANTITIES for name in ("loss", "deviation", "perplexity")]
-    rows.writerow(["arm", "ratio", "removed", "layers", "parameters", "seeds", *columns])
+    rows.writerow(["arm", "ratio", "removed", "layers", "parameters", "seeds", *columns, *accuracy_columns(means)])
     for name, level in levels_of(found):
         seeds = max((value.count for value in level.values.values() if value is not None), default=0)
         cells = [cell for q in QUANTITIES for cell in _cells(level.values[q.key])]
+        cells += accuracy_values(means, name, level.ratio)
         rows.writerow([name, level.ratio, level.removed, level.depth, level.parameters, seeds, *cells])
     return stream.getvalue()
 
@@ -124,5 +139,5 @@ def _cells(value: Spread | None) -> tuple[float | None, float | None, float | No
 
 def levels_of(found: OverRatios) -> list[tuple[str, Level]]:
     """(arm, level) of all, the original first."""
-    first = [] if found.original is None else [("original", found.original)]
+    first = [] if found.original is None else [(ORIGINAL, found.original)]
     return first + [(line.name, level) for line in found.lines for level in line.levels]

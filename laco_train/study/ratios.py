@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from laco_train.study.curves import Run
 from laco_train.study.measures import Spread, spread
 
+ORIGINAL = "original"
+"""What the model with all its layers is called, at ratio 0."""
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -116,15 +119,25 @@ def over_ratios(runs: Sequence[Run]) -> OverRatios:
         runs: those with a ratio, and the original where it was run; others are left out.
     """
     collapsed = [run for run in runs if run.ratio is not None]
-    names = dict.fromkeys(run.line for run in collapsed)
     ratios = sorted({run.ratio for run in collapsed if run.ratio is not None})
+    at = by_level(runs)
     lines = []
-    for name in names:
-        at = {ratio: [run for run in collapsed if (run.line, run.ratio) == (name, ratio)] for ratio in ratios}
-        levels = tuple(_level(ratio, those) for ratio, those in at.items() if those)
-        lines.append(Line(name, levels, any(run.is_collapsed for those in at.values() for run in those)))
+    for name in dict.fromkeys(run.line for run in collapsed):
+        levels = tuple(_level(ratio, at[name, ratio]) for ratio in ratios if (name, ratio) in at)
+        lines.append(Line(name, levels, any(run.is_collapsed for run in collapsed if run.line == name)))
     tokens = min((run.points[-1].tokens for run in collapsed), default=0)
-    return OverRatios(tuple(ratios), tuple(lines), _original(runs), tokens)
+    return OverRatios(tuple(ratios), tuple(lines), _original(runs, at.get((ORIGINAL, 0.0), [])), tokens)
+
+
+def by_level(runs: Sequence[Run]) -> dict[tuple[str, float], list[Run]]:
+    """Runs of each arm at each ratio, by (arm, ratio), and those of the original; others are left out."""
+    found: dict[tuple[str, float], list[Run]] = {}
+    for run in runs:
+        if run.ratio is not None:
+            found.setdefault((run.line, run.ratio), []).append(run)
+        elif run.strategy == "none":
+            found.setdefault((ORIGINAL, 0.0), []).append(run)
+    return found
 
 
 def _level(ratio: float, runs: Sequence[Run]) -> Level:
@@ -143,8 +156,8 @@ def _over_seeds(values: Sequence[float | None]) -> Spread | None:
     return spread(known) if len(known) == len(values) else None
 
 
-def _original(runs: Sequence[Run]) -> Level | None:
-    if own := [run for run in runs if run.strategy == "none"]:
+def _original(runs: Sequence[Run], own: Sequence[Run]) -> Level | None:
+    if own:
         return _level(0.0, own)
     if measured := [run for run in runs if run.original is not None]:
         values = {**dict.fromkeys((q.key for q in QUANTITIES), None), "before": spread([measured[0].original or 0.0])}

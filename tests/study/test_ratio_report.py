@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from laco_train.study.curves import arms_of, read_runs
-from laco_train.study.ratio_figures import number
+from laco_train.study.ratio_figures import number, ratio_pictures
 from laco_train.study.ratio_tables import ratio_findings, ratio_tables
 from laco_train.study.ratios import over_ratios
 from laco_train.study.report import write_report
@@ -98,6 +98,29 @@ def test_compare_tells_ratios_apart(tmp_path: Path) -> None:
     names = [arm.name for arm in arms_of(read_runs(study))]
     assert {"laco-r10", "laco-r27", "original"} <= set(names)
     assert len(names) == len(set(names)) == 1 + 8 * len(DEPTHS)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("arms", [("sleb",), ("sleb", "tail")])
+@pytest.mark.parametrize("percents", [(10,), (10, 50)])
+def test_one_arm_or_one_ratio_has_room_about_it(
+    tmp_path: Path, arms: tuple[str, ...], percents: tuple[int, ...]
+) -> None:
+    for arm in arms:
+        for percent in percents:
+            for seed in (0, 1):
+                curve = [(0, 4.0 + seed / 10), (30, 3.0)]
+                values = summary(curve, strategy=arm, depth=DEPTHS[percent / 100])
+                values["losses"]["original"] = None
+                write_run(tmp_path / f"{arm}-r{percent}-seed{seed}/version_0", values, seed=seed)
+    for picture in ratio_pictures(over_ratios(read_runs(tmp_path))):
+        loss, deviation = (4.05, 0.1 / math.sqrt(2)) if picture.name.endswith("before") else (3.0, 0.0)
+        shown = math.exp if picture.name.startswith("perplexity") else float
+        (axes,) = picture.draw().axes
+        low, high = axes.get_ylim()
+        assert low < shown(loss - deviation) and shown(loss + deviation) < high
+        assert len([tick for tick in axes.get_yticks() if low <= tick <= high]) > 1
+        assert len(axes.collections) == (len(arms) if deviation else 0)  # bands, or a bar where there is no width
 
 
 @pytest.mark.parametrize(
