@@ -109,7 +109,7 @@ class RefineSettings:
     """Tokens to fit on, in whole batches; budget.max_tokens counts them in; 0: none."""
     seconds: float | None = None
     """Stop after this time, whatever tokens are left; above 0; null: no limit."""
-    windows: float = 0.1
+    windows: float = 0.0
     """Share of the tokens on which layers that stand for several are solved alone, by least squares, first; 0 to 1."""
     batch_size: int = 4
     """Blocks in a step; 1 or more."""
