@@ -85,7 +85,8 @@ def scale_table() -> str:
         alone = row.get("one_gpu")
         speeds = ["", ""] if alone is None else [f"{alone['tokens_per_second']:,.0f}", f"{row['scaling']:.2f}"]
         apart = "" if row.get("loss_apart") is None else f"{row['loss_apart']:.4f}"
-        whole = f"{8 * row['parameters'] / 2**30:.1f} GiB"
+        # bfloat16 weights, gradients and two moments, unless one GPU was there to look at
+        whole = f"{8 * row['parameters'] / 2**30 if alone is None else alone['state_gib']:.1f} GiB"
         depths = "{} to {}".format(*row["layers"])
         first = [f"{row['case']}, {row['strategy']}", str(row["gpus"]), depths, f"{row['tokens_per_step']:,}"]
         first.append(f"{row['tokens_per_second_per_gpu']:,.0f}")
