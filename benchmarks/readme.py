@@ -75,8 +75,8 @@ def study_table() -> str:
 def scale_table() -> str:
     """Several GPUs of one machine beside one of them."""
     lines = [
-        "| case | GPUs | layers | tokens a step | tokens/s a GPU | one GPU | ratio | loss apart | weights, gradients, "
-        "moments a GPU | peak a GPU | on one GPU |",
+        "| case | GPUs | layers | tokens a step | tokens/s a GPU | one GPU | ratio | loss apart | peak a GPU "
+        "| weights, gradients, moments a GPU | the same on one GPU |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     found = results("many_gpus")
@@ -90,7 +90,7 @@ def scale_table() -> str:
         depths = "{} to {}".format(*row["layers"])
         first = [f"{row['case']}, {row['strategy']}", str(row["gpus"]), depths, f"{row['tokens_per_step']:,}"]
         first.append(f"{row['tokens_per_second_per_gpu']:,.0f}")
-        last = [apart, f"{row['state_gib']:.1f} GiB", f"{row['peak_gib']:.1f} GiB", whole]
+        last = [apart, f"{row['peak_gib']:.1f} GiB", f"{row['state_gib']:.1f} GiB", whole]
         lines.append(f"| {' | '.join([*first, *speeds, *last])} |")
     return "\n".join([*lines, "", *sources])
 

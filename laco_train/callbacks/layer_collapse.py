@@ -162,7 +162,8 @@ class LayerCollapse(Callback):
         r, data = self.settings.refine, trainer.datamodule  # type: ignore[attr-defined]
         device, context = trainer.strategy.root_device, trainer.precision_plugin.train_step_context
         collapsed: Any = pl_module.lm
-        print(f"Refining: {r.tokens:,} tokens, {100 * r.windows:.0f}% of them layer by layer", flush=True)
+        alone = f", {100 * r.windows:.0f}% of them layer by layer" if r.windows else ""
+        print(f"Refining: {r.tokens:,} tokens{alone}", flush=True)
         for model in (original, collapsed):
             model.to(device)  # type: ignore[arg-type]  # Transformers wraps to() for bitsandbytes
         with refining(collapsed, original, pl_module.speed, trainer.strategy, data, context):

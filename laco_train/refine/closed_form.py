@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from laco_train.collapse import decoder_of
 from laco_train.collapse.similarity import hidden_of
+from laco_train.errors import InputError
 from laco_train.refine.place import Place
 from laco_train.refine.windows import Window, recorded
 from laco_train.training.distill import EPSILON
@@ -48,6 +49,9 @@ def solve_windows(
 
     Returns:
         The number of batches read; 0 if there is nothing to solve.
+
+    Raises:
+        InputError: a solution that is not finite.
     """
     stack = decoder_of(collapsed).stack
     sums: dict[Window, _Sums] = {}
@@ -70,8 +74,8 @@ def solve_windows(
                 reached = hidden_of(stack[window.layer].forward(*args, **kwargs))
             total.add(features[0], reached, leaving[window.last])
         done += 1
-    for total in sums.values():
-        total.solve()
+    while sums:  # each is as large as its matrix squared
+        sums.popitem()[1].solve()
     return done
 
 
@@ -120,7 +124,9 @@ def _features(module: nn.Module) -> int:
 def _entering(projection: nn.Module) -> Iterator[list[Tensor]]:
     """What enters `projection` in the calls to come."""
     seen: list[Tensor] = []
-    hook = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = projection.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
+    )
     try:
         yield seen
     finally:
@@ -132,23 +138,28 @@ class _Sums:
 
     def __init__(self, projection: nn.Module):
         self.projection: Any = projection
-        self._squares: Tensor | float = 0.0  # (F, F)
-        self._products: Tensor | float = 0.0  # (F, D)
+        weight: Any = self.projection.weight
+        features = _features(projection)
+        self._squares = torch.zeros(features, features, device=weight.device)
+        self._products = torch.zeros(features, weight.numel() // features, device=weight.device)  # (F, D)
 
     def add(self, features: Tensor, reached: Tensor, target: Tensor) -> None:
-        """A batch: (B, T, F) features, and the (B, T, D) states that the layer reaches and should reach."""
-        a, aim = features.flatten(0, 1).float(), target.flatten(0, 1).float()
-        weights = 1 / (aim.square().sum(-1, keepdim=True) + EPSILON)
-        missing = aim - reached.flatten(0, 1).float()
-        weighted = (a * weights).T
-        self._squares = self._squares + weighted @ a
-        self._products = self._products + weighted @ missing
+        """A batch: (..., F) features, and the (..., D) states that the layer reaches and should reach."""
+        a, here, aim = (rows.reshape(-1, rows.shape[-1]).float() for rows in (features, reached, target))
+        weighted = (a / (aim.square().sum(-1, keepdim=True) + EPSILON)).T
+        self._squares.addmm_(weighted, a)
+        self._products.addmm_(weighted, aim - here)
 
     def solve(self) -> None:
-        """Change the projection; a bias stays."""
-        assert isinstance(self._squares, Tensor) and isinstance(self._products, Tensor)
-        squares, products = self._squares.double(), self._products.double()
+        """Change the projection; a bias stays.
+
+        Raises:
+            InputError: the solution is not finite.
+        """
+        squares = self._squares.double()
         squares.diagonal().add_(RIDGE * squares.diagonal().mean())
-        change = torch.linalg.solve(squares, products)
+        change, _ = torch.linalg.solve_ex(squares, self._products.double())
+        if not bool(torch.isfinite(change).all()):
+            raise InputError("collapse.refine.windows", "the least-squares solution is not finite; set it to 0")
         weight = self.projection.weight
         weight += (change if isinstance(self.projection, Conv1D) else change.T).to(weight.dtype)

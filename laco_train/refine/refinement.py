@@ -1,4 +1,4 @@
-"""The two phases of a refinement, and the plan that holds what came of it."""
+"""A refinement from first to last, and the plan that holds what came of it."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ from laco_train.training.optim import adamw, warmup_cosine
 from laco_train.training.skipping import SkippedSteps, guard_step
 from laco_train.training.teacher import TeacherOnDevice
 
-_WARMUP = 0.05  # of a phase's steps
+_WARMUP = 0.05  # of the steps
 _LARGEST_NORM = 1.0
 
 
@@ -62,10 +62,14 @@ def refine(
     deadline = None if settings.seconds is None else began + settings.seconds
     done = 0
     if windows and (alone := round(settings.windows * steps)):
+        collapsed.eval()  # dropout is no part of what is solved
         done = solve_windows(original, collapsed, windows, itertools.islice(supply, alone), place, deadline)
+        if not done:
+            print("No layer that stands for others ends in a sum: none is solved alone.", flush=True)
     teacher = Distillation(DistillSettings(logits=1.0), TeacherOnDevice(original, (), logits=True))
     collapsed.train()
-    left = steps - done
+    late = deadline is not None and time.perf_counter() > deadline
+    left = 0 if done and late else steps - done
     rest, rate = itertools.islice(supply, left), settings.learning_rate
     done += _descend(collapsed, lambda batch: teacher(collapsed, batch).total, rest, left, rate, place, deadline)
     collapsed.eval()

@@ -84,13 +84,21 @@ def distribute(model: PreTrainedModel | PeftModel, strategy: Strategy, precision
         receive(model, strategy.root_device)
         return
     mesh = strategy.device_mesh["data_parallel"]
-    # bfloat16 weights: gradients are summed in their own type, as one GPU that accumulates sums them
-    mixed = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if precision == "bf16-mixed" else {}
-    policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
+    policy = types_of(precision)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     for block in (*decoder_of(base).stack, model):
         receive(block, strategy.root_device)
         fully_shard(block, mesh=mesh, mp_policy=policy)
+
+
+def types_of(precision: str) -> MixedPrecisionPolicy:
+    """In which types FSDP2 gathers weights and sums gradients under Lightning's `precision`.
+
+    Their own, unless they are float32 under bf16-mixed: then bfloat16 and float32. So gradients of bfloat16 weights are
+    summed in bfloat16, as one GPU that accumulates sums them.
+    """
+    mixed = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if precision == "bf16-mixed" else {}
+    return MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
 
 
 def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
@@ -143,9 +151,12 @@ def as_forward(model: nn.Module, work: Callable[[], T]) -> T:
 
 
 def gathered_bytes(model: nn.Module) -> int:
-    """Bytes that the layers of a sharded `model` add on a device while all are whole; 0 if it is not sharded."""
+    """Bytes that the layers of a sharded `model` may add on a device while all are whole; 0 if it is not sharded.
+
+    Twice their weights, which is what a Llama-2-7B shape on two GPUs added to the peak (docs/many_gpus.md).
+    """
     shards = [p for layer in decoder_of(base_of(model)).stack for p in layer.parameters() if isinstance(p, DTensor)]
-    return sum((p.numel() - local(p).numel()) * p.element_size() for p in shards)
+    return 2 * sum(p.numel() * p.element_size() for p in shards)
 
 
 def keep_gathered(model: nn.Module) -> None:

@@ -222,7 +222,7 @@ class WatchClock(Checkpoint):
         RUNNING.append(curves.clock.running)
 
 
-def test_checkpoints_between_validations_are_not_timed_and_named_by_their_step(project: Project) -> None:
+def test_writing_checkpoints_is_not_timed_and_they_are_named_by_their_step(project: Project) -> None:
     RUNNING.clear()
     options = [*KEEP_ALL, "--trainer.callbacks.every_n_train_steps=2", "--trainer.val_check_interval=3"]
     options += [f"--trainer.callbacks+={WatchClock.__module__}.WatchClock"]
@@ -234,6 +234,9 @@ def test_checkpoints_between_validations_are_not_timed_and_named_by_their_step(p
         "epoch=0-step=4.ckpt",
     ]
     assert run.summary()["training_seconds"] > 0
+    saved = torch.load(run.checkpoint(4), weights_only=True)["callbacks"]
+    (clock,) = (state["clock"] for name, state in saved.items() if name == "Curves")
+    assert clock["tokens"] == 3 * 64  # of four steps all but the first, in which layers are compiled
 
 
 def test_search_is_a_figure_and_the_plan_a_text(seen: EventAccumulator, run: Run) -> None:

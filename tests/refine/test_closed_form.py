@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from laco_train.collapse import decoder_of
+from laco_train.collapse import CollapsePlan, apply_plan, decoder_of
+from laco_train.collapse.apply import make_plan
+from laco_train.errors import InputError
+from laco_train.refine import refine
 from laco_train.refine.closed_form import RIDGE, last_projection, solve_windows
 from laco_train.refine.windows import Window, recorded, windows_of
+from laco_train.settings import CollapseSettings, RefineSettings
 from laco_train.training.loss import model_inputs
 from tests.collapse.helpers import scramble
 from tests.collapse.tiny import tiny
@@ -105,15 +109,61 @@ def test_a_norm_after_the_sum_leaves_nothing_to_solve(kind: str) -> None:
         assert torch.equal(value, original.state_dict()[name]), name
 
 
-def test_experts_are_left_alone() -> None:
-    layer, args, kwargs = call_of(tiny("mixtral").eval())
-    found = last_projection(layer, args, kwargs, PLACE)
-    assert found is None or not any(found is module for module in layer.mlp.modules())
+class Expert(nn.Module):
+    """A layer whose widest map sees some tokens only; both of its maps are added to what comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widest, self.shared = nn.Linear(64, 32), nn.Linear(32, 32)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        added = torch.zeros_like(hidden)
+        added[:, ::2] = self.widest(torch.cat([hidden, hidden], -1)[:, ::2])
+        return hidden + added + self.shared(hidden)
 
 
-def test_gpt2_comes_nearer(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    """Its matrices are stored the other way round."""
-    original = scramble(tiny("gpt2").eval(), seed=1)
+def test_maps_that_see_some_tokens_only_are_passed_over() -> None:
+    layer = Expert()
+    assert last_projection(layer, (torch.randn(2, 6, 32),), {}, PLACE) is layer.shared
+
+
+def test_a_solution_that_is_not_finite_is_told(
+    original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
+    with torch.no_grad():
+        original.model.layers[3].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"collapse\.refine\.windows"):
+        solve_windows(original, model, windows_of(plan), iter(some_batches(2)), PLACE)
+
+
+def test_dropout_is_no_part_of_it() -> None:
+    """A model left in training mode, as the kernels leave it, is solved as one in eval mode."""
+    solved = []
+    for training in (False, True):
+        original = scramble(tiny("gpt2").eval(), seed=1)
+        original.config.update({"resid_pdrop": 0.3, "attn_pdrop": 0.3})
+        for module in original.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.3
+        plan = plan_of_dropped(original)
+        model = apply_plan(copy.deepcopy(original), plan).train(training)
+        settings = RefineSettings(tokens=10 * 48, windows=1.0, batch_size=2)
+        refine(original, model, plan, some_batches(10), settings, PLACE)
+        solved.append(decoder_of(model).stack[1].mlp.c_proj.weight)
+    assert torch.equal(*solved)
+    assert not torch.equal(solved[0], decoder_of(original).stack[1].mlp.c_proj.weight)
+
+
+def plan_of_dropped(original: PreTrainedModel) -> CollapsePlan:
+    """Of a model without its layers 2 and 3."""
+    return make_plan(copy.deepcopy(original), None, CollapseSettings(remove=[2, 3]), device=PLACE.device)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", WIDEST)
+def test_each_kind_comes_nearer(kind: str) -> None:
+    """GPT-2's matrices are stored the other way round, and OPT's see tokens in one row."""
+    original = scramble(tiny(kind).eval(), seed=1)
     window = Window(1, 1, 3)
     model = copy.deepcopy(original)
 
@@ -128,4 +178,4 @@ def test_gpt2_comes_nearer(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 
     before = error()
     solve_windows(original, model, (window,), iter(some_batches(20)), PLACE)
-    assert error() < 0.8 * before
+    assert error() < 0.9 * before

@@ -135,11 +135,13 @@ def test_a_rate_that_explodes_is_told(original: LlamaForCausalLM, tiny_tokenizer
         refine(original, model, plan, some_batches(4), replace(SETTINGS, learning_rate=1e30), PLACE)
 
 
-def test_time_ends_it(original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    """One batch of each phase is read in any case."""
+@pytest.mark.parametrize("windows", [0.0, 0.5, 1.0])
+def test_time_ends_it(windows: float, original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """One batch is read in any case."""
     model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
-    refined = refine(original, model, plan, some_batches(4), replace(SETTINGS, seconds=1e-9), PLACE)
-    assert refined.refined is not None and refined.refined.tokens == 2 * 48
+    settings = replace(SETTINGS, seconds=1e-9, windows=windows)
+    refined = refine(original, model, plan, some_batches(4), settings, PLACE)
+    assert refined.refined is not None and refined.refined.tokens == 48
 
 
 @pytest.mark.parametrize(("broken", "ends_well"), [(9, True), (10, False)])
