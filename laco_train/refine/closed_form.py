@@ -107,6 +107,8 @@ def last_projection(layer: nn.Module, args: Any, kwargs: Any, place: Place) -> n
         if module.weight.numel() == width * _features(module):
             try:
                 change = output(module, noise) - plain
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # fewer tokens than the layer's: an expert's
                 continue
             if float((change - noise).norm()) < _TOLERANCE * float(noise.norm()):
