@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from laco_train.errors import InputError
 
 _IGNORED = -100
+_MOST_TOKENS = 4096  # in one forward pass: its logits, of 256,000 entries each in float32, are 4 GB
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def measure_perplexity(
         text: of two tokens or more.
         block: B, tokens of a window.
         stride: S, tokens from one window to the next.
-        batch_size: windows in one forward pass.
+        batch_size: windows in one forward pass, at most; fewer where they hold more than 4,096 tokens.
         on_window: called with how many windows are done, of how many.
 
     Raises:
@@ -129,8 +130,9 @@ def measure_perplexity(
     # windows of one batch have one length and score as many tokens
     for _, alike in groupby(plan, key=lambda window: (window.end - window.begin, window.scored)):
         same = list(alike)
-        for start in range(0, len(same), batch_size):
-            batch = same[start : start + batch_size]
+        rows = max(1, min(batch_size, _MOST_TOKENS // (same[0].end - same[0].begin)))
+        for start in range(0, len(same), rows):
+            batch = same[start : start + rows]
             total += _summed(model, tokens, batch)
             done += len(batch)
             if on_window is not None:

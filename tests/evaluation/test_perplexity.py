@@ -104,6 +104,16 @@ def test_progress_reaches_the_end(tiny_llama: Builder, tiny_tokenizer: PreTraine
     assert seen[-1][0] == seen[-1][1] > 10
 
 
+def test_a_batch_of_many_windows_is_cut(tiny_llama: Builder, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """The logits of 128 windows of 1,024 tokens would take 25 GB of a small model."""
+    model, sizes = tiny_llama(layers=1), list[int]()
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.shape[:-1].numel()))
+    found = measure_perplexity(model, tiny_tokenizer, TEXT * 40, block=32, stride=32, batch_size=1000)
+    assert len(sizes) > 2 and max(sizes) == 4096
+    one = measure_perplexity(model, tiny_tokenizer, TEXT * 40, block=32, stride=32, batch_size=1)
+    assert found.loss == pytest.approx(one.loss, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("block", "stride", "positions", "problem"),
     [
