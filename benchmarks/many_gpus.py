@@ -7,8 +7,9 @@
 written to --work first. Runs that leave GPUs free run beside each other, each on GPUs of its own.
 
 Cases:
-    7b: the 23-layer Llama-2-7B shape under FSDP2 on 2 GPUs and on 4, each beside one GPU that accumulates as many
-        batches, so that both take the same optimizer steps; on 2 GPUs also sharded checkpoints, resume, export.
+    7b: the 23-layer Llama-2-7B shape under FSDP2 on 2 GPUs, beside one GPU that accumulates as many batches, so that
+        both take the same optimizer steps; also sharded checkpoints, resume, export.
+    7b_four: the same on 4 GPUs, without these.
     13b: the Llama-2-13B shape, from 40 layers to 35, under FSDP2 on all GPUs.
     135m: SmolLM2-135M under DDP, each GPU with the batches that one has alone.
 """
@@ -147,45 +148,50 @@ def apart(points: list[list[float]], others: list[list[float]]) -> float:
     return max(abs(loss - expected[step]) for step, loss in points if step and step in expected)
 
 
-def case_7b(place: Place) -> None:
-    """FSDP2 beside one GPU."""
+def options_7b(place: Place) -> list[str]:
+    """Arguments of all runs of the 7B shape."""
     source = place.shape("7b")
     common = ["--model.source", source, "--collapse.similarity_threshold=-1", "--collapse.lowest_layer=22"]
     common += ["--data.batch_size=4", "--data.max_tokens=1600000", "--data.validation_fraction=0.01"]
     common += ["--data.validation_max_tokens=65536", f"--trainer.max_steps={STEPS}", "--trainer.log_every_n_steps=10"]
-    common += ["--model.schedule.warmup_steps=5", "--export.enabled=false"]
+    return [*common, "--model.schedule.warmup_steps=5", "--export.enabled=false"]
 
-    def sharded(gpus: tuple[int, ...], *options: str) -> Job:
-        taken = ["--trainer.accumulate_grad_batches=1", *common, *options]
-        return place.fit(f"7b_fsdp2_{len(gpus)}", "llama2_7b_collapse.yaml", gpus, *taken, strategy=FSDP2)
 
-    def alone(gpu: int, batches: int, seed: int = 0) -> Job:
-        taken = [f"--trainer.accumulate_grad_batches={batches}", f"--trainer.val_check_interval={VALIDATED * batches}"]
-        taken += [f"--seed_everything={seed}", "--trainer.enable_checkpointing=false"]
-        name = f"7b_one_gpu_{batches}" + (f"_seed{seed}" if seed else "")
-        return place.fit(name, "llama2_7b_collapse.yaml", (gpu,), *taken, *common)
+def sharded_7b(place: Place, gpus: tuple[int, ...], *options: str) -> Job:
+    """Under FSDP2."""
+    taken = ["--trainer.accumulate_grad_batches=1", f"--trainer.val_check_interval={VALIDATED}", *options]
+    name = f"7b_fsdp2_{len(gpus)}"
+    return place.fit(name, "llama2_7b_collapse.yaml", gpus, *taken, *options_7b(place), strategy=FSDP2)
 
-    two = sharded((0, 1), *HALVES, f"--trainer.val_check_interval={VALIDATED}")
-    four = sharded((0, 1, 2, 3), f"--trainer.val_check_interval={VALIDATED}", "--trainer.enable_checkpointing=false")
-    four_alone = alone(2, 4)
-    many = torch.cuda.device_count() >= 4
-    if many:
-        place.run(two, alone(2, 2), alone(3, 2, seed=1))
+
+def alone_7b(place: Place, gpu: int, batches: int, seed: int = 0) -> Job:
+    """On one GPU, `batches` a step."""
+    taken = [f"--trainer.accumulate_grad_batches={batches}", f"--trainer.val_check_interval={VALIDATED * batches}"]
+    taken += [f"--seed_everything={seed}", "--trainer.enable_checkpointing=false"]
+    name = f"7b_one_gpu_{batches}" + (f"_seed{seed}" if seed else "")
+    return place.fit(name, "llama2_7b_collapse.yaml", (gpu,), *taken, *options_7b(place))
+
+
+def case_7b(place: Place) -> None:
+    """FSDP2 on two GPUs beside one."""
+    two = sharded_7b(place, (0, 1), *HALVES)
+    if torch.cuda.device_count() >= 4:
+        place.run(two, alone_7b(place, 2, 2), alone_7b(place, 3, 2, seed=1))
     else:
-        place.run(two)
-        place.run(alone(0, 2))
-        place.run(alone(0, 2, seed=1))
+        for job in (two, alone_7b(place, 0, 2), alone_7b(place, 0, 2, seed=1)):
+            place.run(job)
     # the same data with other random numbers: small updates of bfloat16 weights are rounded stochastically
     one, other = (place.summary(f"7b_one_gpu_2{end}")["validation"] for end in ("", "_seed1"))
     noise = {"one_gpu_apart_by_seed": apart(*([[p["step"], p["loss"]] for p in run] for run in (one, other)))}
-    place.run(resumed_job(place, two))
-    place.run(export_job(place, two))
-    if many:
-        place.run(four_alone)
+    place.run(resumed_job(place, two), export_job(place, two))
     append_rows("many_gpus", [beside(place, two.name, "7b_one_gpu_2", 2, "FSDP2") | noise | resumed(place, two)])
-    if many:
-        place.run(four)
-        append_rows("many_gpus", [beside(place, four.name, "7b_one_gpu_4", 4, "FSDP2")])
+
+
+def case_7b_four(place: Place) -> None:
+    """FSDP2 on four GPUs beside one."""
+    place.run(alone_7b(place, 0, 4))
+    place.run(sharded_7b(place, (0, 1, 2, 3), "--trainer.enable_checkpointing=false"))
+    append_rows("many_gpus", [beside(place, "7b_fsdp2_4", "7b_one_gpu_4", 4, "FSDP2")])
 
 
 def checkpoint(place: Place, whole: Job, step: int) -> Path:
@@ -262,7 +268,12 @@ def case_135m(place: Place) -> None:
         append_rows("many_gpus", [{k: v for k, v in row.items() if k != "loss_apart"}])
 
 
-CASES: dict[str, Callable[[Place], None]] = {"135m": case_135m, "7b": case_7b, "13b": case_13b}
+CASES: dict[str, Callable[[Place], None]] = {
+    "135m": case_135m,
+    "7b": case_7b,
+    "7b_four": case_7b_four,
+    "13b": case_13b,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -9,7 +9,8 @@ data order. `best` is collapse and refinement of smollm2_135m_best.yaml; what it
 `optipfair` removes the layers that OptiPFair 0.4.2 (pip install --no-deps optipfair==0.4.2) ranks lowest on the same
 calibration text. In `distilled`, all arms learn from the original trained on, whose run of `plain` is made first.
 Each arm takes the learning rate that its sweep at 22 layers with plain loss chose. A row is appended for each run once
-it is there, and what has its rows is not run again; the original is, on every kind of machine.
+it is there, and what has its rows is not run again; the original is, on every kind of machine. At 22 layers with plain
+loss parts of `best` run too: `together` refines without windows, `windows` refines them alone, on a sixteenth.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from common import RESULTS, header
 from laco_train.recipes import find_recipe
 
 ARMS = ("original", "best", "laco", "shortgpt", "sleb", "angular", "tail", "streamline", "greedy", "optipfair")
+PARTS: dict[str, dict[str, Any]] = {"together": {"windows": 0.0}, "windows": {"tokens": 65_536, "windows": 1.0}}
 ORIGINAL = 30  # its layers
 DEPTHS, OBJECTIVES = (22, 25, 15), ("plain", "distilled")
 RATES = [1.0e-3, 2.0e-3, 3.0e-3]
@@ -61,19 +63,23 @@ class Quality:
         """The study's recipe, written to the work folder; the same whenever it is asked for."""
         recipe: dict[str, Any] = yaml.safe_load(find_recipe("smollm2_135m_study.yaml").read_text(encoding="utf-8"))
         best = yaml.safe_load(find_recipe("smollm2_135m_best.yaml").read_text(encoding="utf-8"))["collapse"]
-        # one run of the original stands beside all depths
-        own: dict[str, Any] = {arm: {} for arm in arms if arm != "original" or depth == SWEPT[1]}
+        best["target_depth"] = depth
+        own: dict[str, Any] = {arm: {} for arm in arms if runs_at(arm, objective, depth)}
         if "best" in own:
-            best["target_depth"] = depth
             own["best"] = {"collapse": best}
+        for part in PARTS.keys() & own.keys():
+            own[part] = {"collapse": best | {"refine": best["refine"] | PARTS[part]}}
         if "optipfair" in own:
             own["optipfair"] = {"collapse": {"remove": optipfair(recipe, depth, self.work)}}
         if "laco" in own and depth < 16:  # two layers a merge leave 16 at least, unless merged ones merge again
             own["laco"] = {"collapse": {"min_interval": 1}}
         swept = (objective, depth) == SWEPT
-        if not swept:
-            for arm in own:
-                own[arm] = own[arm] | {"model": {"optimizer": {"learning_rate": self.rate(arm)}}}
+        for arm in own:
+            rate = self.rate(arm)
+            if rate is not None:  # an arm that names its rate is not swept
+                own[arm] = own[arm] | {"model": {"optimizer": {"learning_rate": rate}}}
+            elif not swept:
+                sys.exit(f"{arm} has no learning rate yet: run --objectives {SWEPT[0]} --depths {SWEPT[1]} first")
         recipe["study"] |= {"arms": own, "seeds": list(self.seeds), "sweep_share": SWEEP}
         recipe["study"]["learning_rates"] = list(self.rates) if swept else []
         recipe["collapse"]["target_depth"] = depth
@@ -92,18 +98,14 @@ class Quality:
         path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         return path
 
-    def rate(self, arm: str) -> float:
-        """Learning rate of `arm` in the results of `SWEPT`, maybe of another day.
-
-        Raises:
-            SystemExit: it was not run.
-        """
+    def rate(self, arm: str) -> float | None:
+        """Learning rate of `arm` in the results of `SWEPT`, maybe of another day; None: it was not run."""
         objective, depth = SWEPT
         for row in kept_rows():
             if (row["strategy"], row["objective"]) == (arm, objective) and row["depth"] in (depth, ORIGINAL):
                 found: float = row["learning_rate"]
                 return found
-        sys.exit(f"{arm} has no learning rate yet: run --objectives {objective} --depths {depth} first")
+        return None
 
     @property
     def teacher(self) -> Path:
@@ -219,7 +221,7 @@ def main() -> None:
     parser.add_argument("--gpus", default="0", help="numbers of the GPUs; one that is named twice runs two at once")
     parser.add_argument("--depths", default=",".join(map(str, DEPTHS)))
     parser.add_argument("--objectives", default=",".join(OBJECTIVES))
-    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--arms", default=",".join((*ARMS, *PARTS)))
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--rates", default=",".join(map(str, RATES)), help="learning rates to choose from")
     options, shared = parser.parse_known_args()
@@ -236,9 +238,16 @@ def main() -> None:
         work_off(quality, runs, arms, gpus)
 
 
+def runs_at(arm: str, objective: str, depth: int) -> bool:
+    """Whether an arm is asked for there: one run of the original stands beside all depths, parts of best at one."""
+    if arm in PARTS:
+        return (objective, depth) == SWEPT
+    return arm != "original" or depth == SWEPT[1]
+
+
 def is_left(quality: Quality, objective: str, depth: int, arm: str) -> bool:
-    """Whether a row of an arm is missing; at other depths the original is not asked for."""
-    if arm == "original" and depth != SWEPT[1]:
+    """Whether a row of an arm is missing."""
+    if not runs_at(arm, objective, depth):
         return False
     left = ORIGINAL if arm == "original" else depth
     wanted = [dict(zip(KEY, (arm, left, seed, objective), strict=True)) for seed in quality.seeds]

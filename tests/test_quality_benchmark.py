@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other by name
 
 import quality as quality_benchmark  # noqa: E402
-from quality import ARMS, SWEPT, Quality, append, is_left, kept_rows  # noqa: E402
+from quality import ARMS, PARTS, SWEPT, Quality, append, is_left, kept_rows  # noqa: E402
 
 
 def row(arm: str, depth: int, seed: int = 0, machine: str = "a card") -> dict[str, Any]:
@@ -51,11 +51,11 @@ def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, resul
         results.write_text(json.dumps({"rows": rows}))
     (tmp_path / f"optipfair_{depth}.json").write_text(json.dumps(list(range(30 - depth))))  # else it needs the weights
     quality = Quality(tmp_path, (), (0, 1), (5e-4, 1e-3))
-    path = quality.recipe(objective, depth, ARMS)
+    path = quality.recipe(objective, depth, (*ARMS, *PARTS))
     with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
         config = parser().parse_args(["--recipe", str(path)])
         study, arms = checked(config, path.stem, parser())
-    assert arms == [arm for arm in ARMS if arm != "original" or depth == 22]
+    assert sorted(arms) == sorted([arm for arm in ARMS if arm != "original" or depth == 22] + list(PARTS) * swept)
     recipes = {task.arm: study.recipe(task, None if not swept else 1e-3) for task in study.tasks(arms)}
     for arm, recipe in recipes.items():
         collapse = recipe["collapse"]
@@ -67,3 +67,18 @@ def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, resul
         assert recipe["model"]["distill"]["logits"] == (0.5 if objective == "distilled" else 0.0)
     assert recipes["best"]["collapse"]["refine"]["tokens"] > 0
     assert recipes["angular"]["collapse"]["refine"]["tokens"] == 0
+    if swept:
+        assert (recipes["windows"]["collapse"]["refine"] | {"windows": 0}) == (
+            recipes["best"]["collapse"]["refine"] | {"windows": 0, "tokens": 65_536}
+        )
+        assert recipes["together"]["collapse"]["refine"]["windows"] == 0
+
+
+def test_a_rate_that_was_chosen_is_not_sought_again(results: Path, tmp_path: Path) -> None:
+    results.write_text(json.dumps({"rows": [row("sleb", 22, 0)]}))
+    path = Quality(tmp_path, (), (1,), (5e-4, 1e-3)).recipe(*SWEPT, ("sleb", "angular"))
+    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
+        study, _ = checked(parser().parse_args(["--recipe", str(path)]), path.stem, parser())
+    assert study.rate("sleb") == (0.002, "arm") and study.settings.sweeps
+    with pytest.raises(SystemExit, match="angular has no learning rate yet"):
+        Quality(tmp_path, (), (1,), (1e-3,)).recipe("plain", 25, ("sleb", "angular"))
