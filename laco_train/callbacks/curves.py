@@ -125,12 +125,6 @@ class Curves(Callback):
         """Time spent validating is no training time."""
         self.pause(trainer)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Nor is time spent writing a checkpoint, which may come between any two steps; gathering weights for it is."""
-        self.pause(trainer)
-        if self.state_key in checkpoint.get("callbacks", {}):
-            checkpoint["callbacks"][self.state_key] = self.state_dict()  # as of now: Lightning has asked before
-
     def pause(self, trainer: Trainer) -> None:
         """What follows is no training, until the next batch."""
         self._since = None

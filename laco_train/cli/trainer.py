@@ -58,6 +58,7 @@ from laco_train.cli.resume import (
     refuse_other_recipe,
 )
 from laco_train.cli.summary import print_summary, write_summary
+from laco_train.cli.timed_trainer import TimedTrainer
 from laco_train.collapse import CollapsePlan
 from laco_train.collapse.composition import from_the_first_model, plan_of_source
 from laco_train.collapse.families import depth_of
@@ -107,6 +108,7 @@ class RecipeCLI(LightningCLI):
     def __init__(self, args: list[str], recipe: str | None):
         self.recipe = recipe or "run"
         super().__init__(
+            trainer_class=TimedTrainer,
             trainer_defaults=_TRAINER_DEFAULTS,
             save_config_callback=RecordConfig,
             seed_everything_default=0,
@@ -176,7 +178,8 @@ class RecipeCLI(LightningCLI):
         precision = str(self._get(self.config_init, "trainer").get("precision") or "32-true")
         self.dtype = weights_dtype(s.dtype, precision)
         self.load_tokenizer = partial(load_tokenizer, s.source, trust_remote_code=s.trust_remote_code)
-        self.model = CausalLM(s, self.dtype, self.speed_settings, self.budget_settings)
+        seed = self._get(self.config_init, "seed_everything")
+        self.model = CausalLM(s, self.dtype, self.speed_settings, self.budget_settings, seed)
         self.datamodule = PackedText(self.data_settings, self.load_tokenizer)
         self.samples = Samples(prompts_of(self.evaluation_settings))
         self.collapse = self._collapse_callback()
@@ -257,7 +260,7 @@ class RecipeCLI(LightningCLI):
         callbacks += [ReportKernels(), self.curves, EvaluateAt(self.curves), Divergence()]
         callbacks += [self.tasks] if self.tasks.tasks else []
         callbacks += [self.samples] if self.samples.prompts else []
-        self.signals, seeds = StopOnSignal(), SeedSteps(self._get(self.config_init, "seed_everything"))
+        self.signals, seeds = StopOnSignal(), SeedSteps(self.model.seed)
         callbacks += [seeds, MarkEventFiles(), StayStopped(), self.signals, *self._checkpoints(trainer_config)]
         trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), VerifiedCheckpointIO()]
         if trainer_config.get("enable_progress_bar") is not False:

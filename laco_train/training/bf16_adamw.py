@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laco_train.training.parallel import local
+from laco_train.training.parallel import first_element, local
 
 _STATES = ("exp_avg", "exp_avg_sq", "low")
 
@@ -21,13 +21,14 @@ class BF16AdamW(torch.optim.Optimizer):
     """AdamW with decoupled decay on bfloat16 parameters, one fused pass over memory on a GPU with Triton.
 
     Before a step, ``grad_scale`` (a tensor to divide gradients by) and ``found_inf`` (a tensor; the step is left out
-    unless 0) may be set, as for torch's fused AdamW: neither makes the host wait. Rounding is a function of parameter,
-    step and element, so that a resumed run repeats it.
+    unless 0) may be set, as for torch's fused AdamW: neither makes the host wait. Rounding is a function of seed,
+    parameter, step and element of the whole parameter: a resumed run repeats it, and so does one that is sharded.
 
     Args:
         params: parameters or groups of them.
         lr, betas, eps, weight_decay: as torch.optim.AdamW.
         exact: keep the dropped bits (2 bytes a parameter) instead of rounding stochastically.
+        seed: of the rounding; kept in checkpoints.
     """
 
     grad_scale: Tensor | None = None
@@ -42,9 +43,10 @@ class BF16AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         exact: bool,
+        seed: int = 0,
     ):
-        # capturable: torch then leaves the step count on the device when a state is loaded
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "capturable": True}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
+        defaults["capturable"] = True  # torch then leaves the step count on the device when a state is loaded
         super().__init__(params, defaults)
         self.exact = exact
 
@@ -66,7 +68,8 @@ class BF16AdamW(torch.optim.Optimizer):
         torch._foreach_add_(steps, torch.where(found == 0, one, zero))
         for number, (group, p) in enumerate(parameters):
             tensors = {name: local(value) for name, value in self._state(p).items() if name in _STATES}
-            update(local(p), local(p.grad), tensors, steps[number], scale, found, group, salt=number)
+            salt = number + group["seed"] * 0x85EBCA6B & 0x7FFFFFFF
+            update(local(p), local(p.grad), tensors, steps[number], scale, found, group, salt, first_element(p))
         return loss
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
@@ -93,6 +96,7 @@ def update(
     found_inf: Tensor,
     group: dict[str, Any],
     salt: int,
+    start: int = 0,
 ) -> None:
     """One AdamW step in float32, in place; nothing changes unless `found_inf` is 0.
 
@@ -102,14 +106,15 @@ def update(
         step: number of this step, from 1, a float32 scalar.
         scale: gradients are divided by it.
         group: lr, betas, eps, weight_decay.
-        salt: makes the rounding of this parameter its own.
+        salt: makes the rounding of this parameter its own; 0 to 2^31 - 1.
+        start: which element of the whole parameter is the first of `p`.
     """
     if p.numel() == 0:  # a rank's share of a small sharded parameter
         return
     if p.is_cuda and p.dtype == torch.bfloat16 and has_triton() and p.is_contiguous() and grad.is_contiguous():
         from laco_train.training.bf16_adamw_kernel import fused_update  # needs Triton
 
-        fused_update(p, grad, states, step, scale, found_inf, group, salt)
+        fused_update(p, grad, states, step, scale, found_inf, group, salt, start)
         return
     beta1, beta2 = group["betas"]
     low = states["low"].view(torch.int16) if "low" in states else None
@@ -125,7 +130,7 @@ def update(
         for old, new in ((m, new_m), (v, new_v), (p, weight)):
             old.copy_(torch.where(skip, old, new.to(old.dtype)))
         return
-    noise = random_bits(p.numel(), step, salt, p.device).view(p.shape)
+    noise = random_bits(p.numel(), step, salt, p.device, start).view(p.shape)
     m.copy_(torch.where(skip, m, rounded(new_m, noise >> 16)))
     v.copy_(torch.where(skip, v, rounded(new_v, scrambled(noise))))
     if low is None:
@@ -165,10 +170,10 @@ def _bits(value: Tensor) -> Tensor:
     return torch.where(value.isnan(), 0x7FC00000, value.view(torch.int32).to(torch.int64))
 
 
-def random_bits(count: int, step: Tensor, salt: int, device: torch.device) -> Tensor:
-    """`count` numbers of 32 random bits, int64, a function of (step, salt, position)."""
+def random_bits(count: int, step: Tensor, salt: int, device: torch.device, start: int = 0) -> Tensor:
+    """`count` numbers of 32 random bits, int64, a function of (step, salt, position); the first position is `start`."""
     seed = scrambled(step.to(torch.int64) * 0x9E3779B1 + salt & 0xFFFFFFFF)
-    return scrambled(torch.arange(count, device=device) ^ seed)
+    return scrambled(torch.arange(start, start + count, device=device) & 0xFFFFFFFF ^ seed)
 
 
 def scrambled(x: Tensor) -> Tensor:

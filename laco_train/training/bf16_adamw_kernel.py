@@ -31,9 +31,9 @@ def _rounded(value, noise):  # type: ignore[no-untyped-def]
     return (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
-@triton.jit(do_not_specialize=["salt"])
+@triton.jit(do_not_specialize=["salt", "start"])
 def _update_kernel(  # type: ignore[no-untyped-def]
-    p, grad, m, v, low, step, scale, found_inf, lr, decay, beta1, beta2, eps, salt, size,
+    p, grad, m, v, low, step, scale, found_inf, lr, decay, beta1, beta2, eps, salt, start, size,
     exact: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     if tl.load(found_inf) != 0:
@@ -54,7 +54,7 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     correction2 = 1 - tl.exp2(steps * tl.log2(beta2))
     weight = weight * decay - lr / correction1 * (new_m / (tl.sqrt(new_v / correction2) + eps))
     seed = _scrambled(steps.to(tl.uint32) * 0x9E3779B1 + salt.to(tl.uint32))
-    noise = _scrambled(offsets.to(tl.uint32) ^ seed)
+    noise = _scrambled((offsets + start).to(tl.uint32) ^ seed)
     tl.store(m + offsets, _rounded(new_m, noise >> 16), mask=inside)
     tl.store(v + offsets, _rounded(new_v, _scrambled(noise)), mask=inside)
     if exact:
@@ -75,6 +75,7 @@ def fused_update(
     found_inf: Tensor,
     group: dict[str, Any],
     salt: int,
+    start: int = 0,
 ) -> None:
     """See `laco_train.training.bf16_adamw.update`; contiguous tensors on one GPU."""
     beta1, beta2 = group["betas"]
@@ -85,5 +86,5 @@ def fused_update(
         _update_kernel[(triton.cdiv(size, _BLOCK),)](
             p, grad, states["exp_avg"], states["exp_avg_sq"], low, step, scale, found_inf,
             float(group["lr"]), 1 - float(group["lr"]) * group["weight_decay"], float(beta1), float(beta2),
-            float(group["eps"]), salt, size, exact=exact, block=_BLOCK, num_warps=8,
+            float(group["eps"]), salt, start, size, exact=exact, block=_BLOCK, num_warps=8,
         )  # fmt: skip

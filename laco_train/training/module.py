@@ -49,6 +49,7 @@ class CausalLM(LightningModule):
         dtype: type of the weights.
         speed: the recipe's speed section.
         budget: the recipe's budget section.
+        seed: of the optimizer's rounding.
 
     Attributes:
         plan: of the collapse; LayerCollapse leaves it here in a run.
@@ -66,11 +67,13 @@ class CausalLM(LightningModule):
         dtype: torch.dtype,
         speed: SpeedSettings = PLAIN,
         budget: BudgetSettings = NO_LIMIT,
+        seed: int = 0,
     ):
         super().__init__()
         self.settings = settings
         self.speed = speed
         self.budget = budget
+        self.seed = seed
         self.weights_dtype = dtype
         self.model: PreTrainedModel | PeftModel | None = None
         # by default a batch whose loss is NaN is left out, and "disable" forgets weights (torchmetrics 1.9)
@@ -241,7 +244,7 @@ class CausalLM(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with warm-up and cosine over the length of the run."""
-        optimizer = adamw(self.lm, self.settings.optimizer)
+        optimizer = adamw(self.lm, self.settings.optimizer, self.seed)
         schedule = warmup_cosine(optimizer, self.settings.schedule, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

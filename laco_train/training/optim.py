@@ -24,8 +24,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def adamw(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+def adamw(model: nn.Module, settings: OptimizerSettings, seed: int = 0) -> Optimizer:
     """AdamW over the trainable parameters of `model`; its step honours ``grad_scale`` and ``found_inf``.
+
+    Args:
+        seed: of stochastic rounding; the same on all ranks.
 
     Raises:
         InputError: 8-bit moments without torchao, off the GPU, or with exact small updates.
@@ -42,7 +45,7 @@ def adamw(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
     if settings.eight_bit:
         optimizer = _eight_bit(groups, common, parameters, settings)
     elif bf16 and settings.small_updates != "nearest":
-        optimizer = BF16AdamW(groups, **common, exact=settings.small_updates == "float32")
+        optimizer = BF16AdamW(groups, **common, exact=settings.small_updates == "float32", seed=seed)
     else:
         optimizer = torch.optim.AdamW(groups, **common, fused=True)
     # unscaling is left to the scaler, else Lightning refuses to clip gradients of a fused optimizer

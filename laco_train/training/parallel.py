@@ -176,6 +176,14 @@ def local(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
+def first_element(value: Tensor) -> int:
+    """Which element of the whole the first one of this rank's share is; FSDP2 shards rows, as even as torch.chunk."""
+    if not isinstance(value, DTensor):
+        return 0
+    rows, ranks = value.shape[0], value.device_mesh.size()
+    return min(value.device_mesh.get_local_rank() * -(-rows // ranks), rows) * (value.numel() // max(rows, 1))
+
+
 def refuse_strategy(strategy: str | Strategy) -> None:
     """InputError for a strategy, by its name or made, that wraps the model in ways that nothing here knows."""
     name = strategy if isinstance(strategy, str) else type(strategy).__name__

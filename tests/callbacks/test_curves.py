@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.nn.functional import cross_entropy
@@ -22,6 +21,7 @@ from laco_train.callbacks.curves import Curves
 from laco_train.collapse import CollapsePlan, apply_plan
 from laco_train.settings import DataSettings, ScheduleSettings
 from laco_train.training.data import PackedText
+from laco_train.training.module import CausalLM
 from laco_train.training.optim import learning_rate_factor
 from tests.cli.runs import KEEP_ALL, TRAIN, VALIDATION, Project, Run, events, scalars
 from tests.oracles.packing import packed_text
@@ -210,25 +210,22 @@ def test_values_are_read_off_the_device_at_the_interval_alone(project: Project, 
     assert f"train/loss: {loss:.3f}" in run.result.out  # the bar shows the last that was logged
 
 
-RUNNING: list[bool] = []
+def test_making_checkpoints_is_not_timed_and_they_are_named_by_their_step(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, state_dict = list[bool](), CausalLM.state_dict
 
+    def gathered(module: CausalLM) -> dict[str, Any]:
+        """What a strategy asks for first."""
+        (curves,) = (callback for callback in module.trainer.callbacks if isinstance(callback, Curves))  # type: ignore[attr-defined]
+        running.append(curves.clock.running)
+        return state_dict(module)
 
-class WatchClock(Checkpoint):
-    """Notes whether training is being timed while a checkpoint is made; of this type, it is called after the others."""
-
-    def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
-        """What is written comes next."""
-        (curves,) = (callback for callback in trainer.callbacks if isinstance(callback, Curves))
-        RUNNING.append(curves.clock.running)
-
-
-def test_writing_checkpoints_is_not_timed_and_they_are_named_by_their_step(project: Project) -> None:
-    RUNNING.clear()
+    monkeypatch.setattr(CausalLM, "state_dict", gathered)
     options = [*KEEP_ALL, "--trainer.callbacks.every_n_train_steps=2", "--trainer.val_check_interval=3"]
-    options += [f"--trainer.callbacks+={WatchClock.__module__}.WatchClock"]
     run = project.fit(*options, "--export.enabled=false")
-    assert RUNNING
-    assert not any(RUNNING)
+    assert running
+    assert not any(running)
     assert sorted(path.name for path in (run.folder / "checkpoints").glob("*step=[24]*")) == [
         "epoch=0-step=2.ckpt",
         "epoch=0-step=4.ckpt",

@@ -115,11 +115,11 @@ def test_last_layers_under_fsdp2_are_those_alone(ranks: Ranks, tied: str) -> Non
 
 
 def test_bfloat16_weights_under_fsdp2_learn_as_alone(ranks: Ranks) -> None:
-    """Rounding differs, so the losses agree to that of bfloat16; buffers stay float32 on every rank."""
+    """A shard is rounded as its part of the whole; buffers stay float32 on every rank."""
     chosen = ["--trainer.precision=bf16-true", "--trainer.max_steps=4"]
     sharded, alone = ranks.fit(*FSDP2, *chosen), ranks.alone(*chosen)
     found, expected = ([loss for *_, loss in losses(run)] for run in (sharded, alone))
-    assert found == pytest.approx(expected, rel=1e-2)
+    assert found == pytest.approx(expected, rel=1e-6)
     assert found[0] - found[-1] > 0.05
     weights = load_file(sharded.folder / "export" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}

@@ -299,6 +299,8 @@ def test_noise_is_a_function_of_step_parameter_and_element() -> None:
     torch.manual_seed(2)
     assert torch.equal(first, noise_of(7, 3))
     assert torch.equal(first[:1000], noise_of(7, 3, 1000))
+    cpu = torch.device("cpu")
+    assert torch.equal(first[1000:1500], random_bits(500, torch.tensor(7.0), 3, cpu, start=1000))
     for other in (noise_of(8, 3), noise_of(7, 4)):
         assert (first == other).float().mean() < 0.001
     assert first.min() >= 0 and first.max() < 2**32
@@ -314,6 +316,27 @@ def test_noise_is_balanced(step: int, salt: int) -> None:
     for other in (noise_of(step + 1, salt), noise_of(step, salt + 1), noise.roll(1)):  # of another time, place, element
         moved = torch.stack([(other >> i) & 1 for i in range(32)]).double()
         assert ((bits == moved).double().mean(1) - 0.5).abs().max() < six_deviations
+
+
+def rounded_with(seed: int, steps: int = 3) -> Tensor:
+    weight = nn.Parameter(weights_of(4096))
+    run(BF16AdamW([weight], lr=1e-3, exact=False, seed=seed), weight, [torch.ones(4096)] * steps)
+    return weight.detach()
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1))
+@settings(max_examples=20, deadline=None)
+def test_each_seed_rounds_in_its_own_way(one: int, other: int) -> None:
+    assert torch.equal(rounded_with(one), rounded_with(one))
+    assert torch.equal(rounded_with(one), rounded_with(other)) == (one == other)
+
+
+def test_a_saved_optimizer_keeps_its_seed() -> None:
+    weight = nn.Parameter(weights_of(64))
+    saved = BF16AdamW([weight], lr=1e-3, exact=False, seed=3)
+    other = BF16AdamW([weight], lr=1e-3, exact=False, seed=4)
+    other.load_state_dict(through_a_file(saved.state_dict()))
+    assert other.param_groups[0]["seed"] == 3
 
 
 def test_same_weights_round_differently_in_each_parameter() -> None:
