@@ -72,6 +72,46 @@ def study_table() -> str:
     return "\n".join([*lines, "", f"- {source_line(found)}", *commands])
 
 
+def ratios_table() -> str:
+    """Arms of the study over pruning ratios, the lowest loss at the largest ratio first."""
+    levels = results("study_smollm2")["ratios"]
+    by_arm: dict[str, list[dict[str, Any]]] = {}
+    for level in levels:
+        by_arm.setdefault(level["arm"], []).append(level)
+    (original,) = by_arm.pop("original")
+    ratios = sorted({level["ratio"] for level in levels} - {0})
+
+    def cell(level: dict[str, Any]) -> str:
+        losses, mean = [level["values"][when]["mean"] for when in ("before", "after")], level["accuracies"]["after"]
+        return f"{losses[0]:.2f}, {losses[1]:.3f}, {mean['accuracy']:.3f}"
+
+    lines = [f"| arm | {' | '.join(f'{100 * ratio:g}%' for ratio in ratios)} |", "|---" * (len(ratios) + 1) + "|"]
+    for arm, found in sorted(by_arm.items(), key=lambda each: each[1][-1]["values"]["after"]["mean"]):
+        at = {level["ratio"]: cell(level) for level in found}
+        lines.append(f"| {arm} | {' | '.join(at[ratio] for ratio in ratios)} |")
+    error = original["accuracies"]["after"]["error"]
+    about = f"The original, trained on alike: {cell(original)}. Standard error of an accuracy: {error:.3f}."
+    return "\n".join([*lines, "", about, "", f"- {source_line(original)}"])
+
+
+def evaluation_table() -> str:
+    """Mean accuracy of each group of tasks, share kept of the original's and perplexity, model by model."""
+    rows = results("evaluation")["rows"]
+    groups = list(rows[0]["groups"])
+    lines = [
+        f"| model | layers | {' | '.join(groups)} | all tasks | kept | perplexity | bits per byte |",
+        "|---" * (len(groups) + 6) + "|",
+    ]
+    for row in rows:
+        means = [f"{row['groups'][group]['accuracy']:.3f}" for group in groups]
+        whole, text = row["all"], row["perplexity"]
+        kept = f"{100 * whole['kept']:.0f}%" if "kept" in whole else ""
+        cells = [row["name"], str(row["layers"]), *means, f"{whole['accuracy']:.3f} ± {whole['error']:.3f}", kept]
+        lines.append(f"| {' | '.join(cells)} | {text['perplexity']:,.1f} | {text['bits_per_byte']:.3f} |")
+    sources = {source_line(row): None for row in rows}
+    return "\n".join([*lines, "", *(f"- {source}" for source in sources)])
+
+
 def scale_table() -> str:
     """Several GPUs of one machine beside one of them."""
     lines = [
@@ -169,6 +209,8 @@ def families_section() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "results": collapse_table,
     "study": study_table,
+    "ratios": ratios_table,
+    "evaluation": evaluation_table,
     "scale": scale_table,
     "search": search_table,
     "stream": stream_table,
@@ -225,6 +267,27 @@ def draw_study() -> None:
     (IMAGES / "study_smollm2.png").write_bytes(picture.png(dark=False))
 
 
+def draw_ratios() -> None:
+    """Losses after training over ratios, as the report of that study draws them."""
+    from laco_train.study.measures import Spread
+    from laco_train.study.ratio_figures import ratio_pictures
+    from laco_train.study.ratios import ORIGINAL, Level, Line, OverRatios
+
+    levels: dict[str, list[Level]] = {}
+    for level in (rows := results("study_smollm2")["ratios"]):
+        values = {
+            key: Spread(value["mean"], value["deviation"], value["count"]) for key, value in level["values"].items()
+        }
+        shape = (level["ratio"], level["removed"], level["depth"], level["parameters"])
+        levels.setdefault(level["arm"], []).append(Level(*shape, values))
+    (original,) = levels.pop(ORIGINAL)
+    ratios = tuple(sorted({level.ratio for found in levels.values() for level in found}))
+    lines = tuple(Line(arm, tuple(found)) for arm, found in levels.items())
+    pictures = ratio_pictures(OverRatios(ratios, lines, original, rows[0]["tokens"]))
+    (picture,) = (one for one in pictures if one.name == "loss_after")
+    (IMAGES / "ratios_smollm2.png").write_bytes(picture.png(dark=False))
+
+
 def rewritten(text: str) -> str:
     """`text` with every section between its markers made anew."""
     for name, make in SECTIONS.items():
@@ -245,3 +308,4 @@ if __name__ == "__main__":
     IMAGES.mkdir(parents=True, exist_ok=True)
     draw_curve()
     draw_study()
+    draw_ratios()

@@ -1,7 +1,8 @@
-"""Keeps what a study and runs in rounds reached as results, arm by arm.
+"""Keeps what a study, one over pruning ratios and runs in rounds reached as results, arm by arm.
 
     python benchmarks/study.py study_smollm2 --arms lightning_logs/smollm2_135m_study/report \\
         --rounds lightning_logs/smollm2_135m_rounds/version_0 lightning_logs/smollm2_135m_at_once/version_0 \\
+        --ratios lightning_logs/smollm2_135m_ratios/report \\
         --ran 'python -m laco_train study --recipe smollm2_135m_study.yaml --data.train texts.jsonl.gz'
 
 Run it on the machine that trained, whose name and versions it writes. What is named again replaces what was kept of
@@ -22,6 +23,13 @@ def arms_of(report: Path) -> list[dict[str, Any]]:
     """Arms of a report, as `study` and `compare` write it."""
     found = json.loads((report / "report.json").read_text(encoding="utf-8"))
     return [{key: arm[key] for key in KEYS} for arm in found["arms"]]
+
+
+def ratios_of(report: Path) -> list[dict[str, Any]]:
+    """Arms of a report over pruning ratios, at each ratio."""
+    found = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    shared = {"tokens": found["tokens"], "tasks": found["accuracy_tasks"]}
+    return [{"name": f"{level['arm']} at {level['ratio']:g}", **level, **shared} for level in found["levels"]]
 
 
 def round_of(run: Path) -> dict[str, Any]:
@@ -47,18 +55,18 @@ if __name__ == "__main__":
     parser.add_argument("name", help="of the results file")
     parser.add_argument("--arms", type=Path, nargs="*", default=[], help="folders of reports")
     parser.add_argument("--rounds", type=Path, nargs="*", default=[], help="folders of runs")
+    parser.add_argument("--ratios", type=Path, nargs="*", default=[], help="folders of reports over ratios")
     parser.add_argument("--ran", nargs="*", default=[], help="commands that made them")
     options = parser.parse_args()
     path = RESULTS / f"{options.name}.json"
-    found = (
-        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"commands": [], "arms": [], "rounds": []}
-    )
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     arms = [arm for report in options.arms for arm in arms_of(report)]
     results = {
         **header(),
-        "commands": list(dict.fromkeys([*found["commands"], *options.ran])),
-        "arms": kept(found["arms"], arms),
-        "rounds": kept(found["rounds"], [round_of(run) for run in options.rounds]),
+        "commands": list(dict.fromkeys([*found.get("commands", []), *options.ran])),
+        "arms": kept(found.get("arms", []), arms),
+        "rounds": kept(found.get("rounds", []), [round_of(run) for run in options.rounds]),
+        "ratios": kept(found.get("ratios", []), [one for report in options.ratios for one in ratios_of(report)]),
     }
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(path)

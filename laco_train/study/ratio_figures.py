@@ -1,6 +1,7 @@
 """Figures over the share of the parameters that is removed: one line an arm."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,8 @@ from laco_train.study.ratios import Line, OverRatios, Quantity, perplexity
 
 End = tuple[str, float, float, Look]
 """Where a line ends: its label, x and y in the axes' units, and how it is drawn."""
+_APART = 0.07
+"""Share of the axis between labels below it, at least."""
 _FAR = 3
 """Lines that end so many times further from the median than that is from the best are cut off in a figure of losses."""
 
@@ -126,7 +129,7 @@ def finish(axes: Axes, ends: Sequence[End], label: str) -> None:
     """Names at the ends of lines, labels of both axes, and a grid."""
     label_ends(axes, ends)
     axes.set_ylabel(label)
-    axes.set_xlabel("parameters removed, and layers left")
+    axes.set_xlabel("parameters removed (%), and layers left")
     axes.grid(alpha=0.5)
     axes.set_axisbelow(True)
 
@@ -159,10 +162,16 @@ def limit_to(axes: Axes, bottom: float, top: float) -> None:
 
 
 def place_ticks(axes: Axes, found: OverRatios) -> None:
-    """A tick for each number of layers left."""
-    places = {level.depth: 100 * level.removed for line in found.lines for level in line.levels}
-    axes.set_xticks(list(places.values()), [f"{x:.0f}%\n{depth}" for depth, x in places.items()])
+    """A tick for each number of layers left; where two would overlap, for the one that more arms have."""
+    levels = [level for line in found.lines for level in line.levels]
+    places = {level.depth: 100 * level.removed for level in levels}
     first, last = min(places.values()), max(places.values())
+    arms, kept = Counter(level.depth for level in levels), list[int]()
+    for depth in sorted(places, key=lambda depth: (-arms[depth], -depth)):
+        if all(abs(places[depth] - places[other]) >= _APART * (last - first) for other in kept):
+            kept.append(depth)
+    kept.sort(reverse=True)
+    axes.set_xticks([places[depth] for depth in kept], [f"{places[depth]:.0f}\n{depth}" for depth in kept])
     room = 0.06 * (last - first) or 1.0
     axes.set_xlim(first - room, last + room)
 

@@ -110,10 +110,10 @@ def _value(value: Spread | None) -> str:
 
 
 def _size_table(found: OverRatios) -> Table:
-    levels = {level.ratio: level for line in found.lines for level in line.levels}
+    levels = {(level.ratio, -level.depth): level for line in found.lines for level in line.levels}
     rows = tuple(
-        (f"{100 * ratio:g}%", percent(level.removed), "/".join(map(str, found.depths(ratio))), count(level.parameters))
-        for ratio, level in sorted(levels.items())
+        (f"{100 * level.ratio:g}%", percent(level.removed), str(level.depth), count(level.parameters))
+        for _, level in sorted(levels.items())
     )
     about = "Whole layers are removed, so the share that is gone is the nearest to what was asked for."
     return Table("What the ratios are", about, ("asked for", "removed", "layers left", "parameters left"), rows)

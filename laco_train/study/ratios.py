@@ -96,10 +96,6 @@ class OverRatios:
         """Those that some arm has."""
         return [q for q in QUANTITIES if any(level.values[q.key] for line in self.lines for level in line.levels)]
 
-    def depths(self, ratio: float) -> list[int]:
-        """Layers left at `ratio`, each number once."""
-        return sorted({level.depth for line in self.lines for level in line.levels if level.ratio == ratio})
-
     def ranked(self, ratio: float, key: str) -> list[tuple[str, float]]:
         """(arm, mean) of a quantity of collapsed models at a ratio, the lowest first."""
         values = {line.name: line.at(ratio, key) for line in self.lines if line.is_collapsed}

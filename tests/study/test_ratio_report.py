@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,22 @@ def test_one_arm_or_one_ratio_has_room_about_it(
         assert low < shown(loss - deviation) and shown(loss + deviation) < high
         assert len([tick for tick in axes.get_yticks() if low <= tick <= high]) > 1
         assert len(axes.collections) == (len(arms) if deviation else 0)  # bands, or a bar where there is no width
+
+
+def test_labels_below_do_not_overlap_and_unlike_depths_are_told(tmp_path: Path) -> None:
+    study = write_ratios(tmp_path / "study", scratch=False)
+    depth = DEPTHS[0.4] - 1
+    write_run(study / "laco-r40-seed0/version_0", summary([(0, 6.0), (30, 3.0)], depth=depth))
+    found = over_ratios(read_runs(study))
+    for picture in ratio_pictures(found):
+        (axes,) = picture.draw().axes
+        places, (low, high) = axes.get_xticks(), axes.get_xlim()
+        assert min(b - a for a, b in pairwise(places)) > 0.05 * (high - low)
+        labels = [label.get_text().split("\n")[1] for label in axes.get_xticklabels()]
+        assert labels == [str(left) for left in sorted(DEPTHS.values(), reverse=True)]  # most arms are there
+    (sizes,) = (table for table in ratio_tables(found) if table.title == "What the ratios are")
+    assert [row[2] for row in sizes.rows if row[0] == "40%"] == [str(depth + 1), str(depth)]
+    assert len({row[1] for row in sizes.rows}) == len(sizes.rows) == len(DEPTHS) + 1
 
 
 @pytest.mark.parametrize(
