@@ -7,17 +7,16 @@
 Arms are those of the study (issue 8): its runs, its sweep of the learning rate on documents that are not reported, its
 data order. `best` is collapse and refinement of smollm2_135m_best.yaml; what it refines on comes off its budget.
 `optipfair` removes the layers that OptiPFair 0.4.2 (pip install --no-deps optipfair==0.4.2) ranks lowest on the same
-calibration text. In `distilled`, all arms learn from the original trained on, whose run of `plain` is made first.
-Each arm takes the learning rate that its sweep at 22 layers with plain loss chose. A row is appended for each run once
-it is there, and what has its rows is not run again; the original is, on every kind of machine. At 22 layers with plain
-loss parts of `best` run too: `together` refines without windows, `windows` refines them alone, on a sixteenth.
+calibration text. In `distilled`, all arms learn from the original trained on: its run with plain loss and the first
+seed. Each arm takes the learning rate that its sweep at 22 layers with plain loss chose, over the whole budget. Each
+arm, depth, objective and seed is a study of its own; its row is appended once it is there, and what has its row is not
+run again; the original is, on every kind of machine. At 22 layers with plain loss parts of `best` run too.
 """
 
 import argparse
 import itertools
 import json
 import os
-import queue
 import subprocess
 import sys
 import threading
@@ -31,15 +30,52 @@ from common import RESULTS, header
 from laco_train.recipes import find_recipe
 
 ARMS = ("original", "best", "laco", "shortgpt", "sleb", "angular", "tail", "streamline", "greedy", "optipfair")
-PARTS: dict[str, dict[str, Any]] = {"together": {"windows": 0.0}, "windows": {"tokens": 65_536, "windows": 1.0}}
+PARTS: dict[str, dict[str, Any]] = {
+    "together": {"windows": 0.0},
+    "windows": {"tokens": 65_536, "windows": 1.0},
+    "million": {"tokens": 1_000_000, "windows": 0.065},
+}
+"""What of `best` is otherwise: its windows or its divergence left out, three times as many tokens."""
 ORIGINAL = 30  # its layers
 DEPTHS, OBJECTIVES = (22, 25, 15), ("plain", "distilled")
 RATES = [1.0e-3, 2.0e-3, 3.0e-3]
 SWEPT = ("plain", 22)  # whose learning rates serve for the other depths and objectives
 DISTILLED = 0.5  # share of the loss that is the divergence from the teacher
-SWEEP = 0.3  # share of the budget that each learning rate is tried for
+SWEEP = 1.0  # share of the budget that each learning rate is tried for: with 0.3 of it lower rates win that lose later
 RESULTS_FILE = RESULTS / "quality.json"
 KEY = ("strategy", "depth", "seed", "objective")  # and the machine, of the original
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: a study of one arm and one seed.
+
+    Attributes:
+        objective: one of OBJECTIVES.
+        depth: layers left of a collapsed arm; the original runs beside those of SWEPT.
+        arm: one of ARMS or PARTS.
+        seed: of the data's order and every random number.
+    """
+
+    objective: str
+    depth: int
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of the study."""
+        return f"quality_{self.objective}_{self.depth}_{self.arm}_{self.seed}"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What its row has under KEY."""
+        return self.arm, ORIGINAL if self.arm == "original" else self.depth, self.seed, self.objective
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether it is of the study that may choose a learning rate."""
+        return (self.objective, self.depth) == SWEPT
 
 
 @dataclass(frozen=True)
@@ -51,40 +87,38 @@ class Quality:
     seeds: tuple[int, ...]
     rates: tuple[float, ...]
 
-    def name(self, objective: str, depth: int) -> str:
-        """Of a study."""
-        return f"quality_{objective}_{depth}"
+    def folder(self, job: Job) -> Path:
+        """Of its run."""
+        return self.work / "lightning_logs" / job.name / f"{job.arm}-seed{job.seed}" / "version_0"
 
-    def folder(self, objective: str, depth: int) -> Path:
-        """Of that study."""
-        return self.work / "lightning_logs" / self.name(objective, depth)
+    @property
+    def teaching(self) -> Job:
+        """The run whose model teaches."""
+        return Job(*SWEPT, "original", self.seeds[0])
 
-    def recipe(self, objective: str, depth: int, arms: tuple[str, ...]) -> Path:
-        """The study's recipe, written to the work folder; the same whenever it is asked for."""
+    @property
+    def teacher(self) -> Path:
+        """The original trained on, exported."""
+        return self.folder(self.teaching) / "export"
+
+    def is_ready(self, job: Job) -> bool:
+        """Whether its learning rate is known, or it is the one that chooses it; and whether its teacher is there."""
+        if job.objective == "distilled" and not self.teacher.exists():
+            return False
+        return (job.is_swept and job.seed == self.seeds[0]) or chosen_rate(job.arm) is not None
+
+    def recipe(self, job: Job) -> Path:
+        """The study's recipe, written to the work folder."""
         recipe: dict[str, Any] = yaml.safe_load(find_recipe("smollm2_135m_study.yaml").read_text(encoding="utf-8"))
-        best = yaml.safe_load(find_recipe("smollm2_135m_best.yaml").read_text(encoding="utf-8"))["collapse"]
-        best["target_depth"] = depth
-        own: dict[str, Any] = {arm: {} for arm in arms if runs_at(arm, objective, depth)}
-        if "best" in own:
-            own["best"] = {"collapse": best}
-        for part in PARTS.keys() & own.keys():
-            own[part] = {"collapse": best | {"refine": best["refine"] | PARTS[part]}}
-        if "optipfair" in own:
-            own["optipfair"] = {"collapse": {"remove": optipfair(recipe, depth, self.work)}}
-        if "laco" in own and depth < 16:  # two layers a merge leave 16 at least, unless merged ones merge again
-            own["laco"] = {"collapse": {"min_interval": 1}}
-        swept = (objective, depth) == SWEPT
-        for arm in own:
-            rate = self.rate(arm)
-            if rate is not None:  # an arm that names its rate is not swept
-                own[arm] = own[arm] | {"model": {"optimizer": {"learning_rate": rate}}}
-            elif not swept:
-                sys.exit(f"{arm} has no learning rate yet: run --objectives {SWEPT[0]} --depths {SWEPT[1]} first")
-        recipe["study"] |= {"arms": own, "seeds": list(self.seeds), "sweep_share": SWEEP}
-        recipe["study"]["learning_rates"] = list(self.rates) if swept else []
-        recipe["collapse"]["target_depth"] = depth
+        own = self.changes(job, recipe)
+        rate = chosen_rate(job.arm)
+        if rate is not None:  # an arm that names its rate is not swept
+            own["model"] = {"optimizer": {"learning_rate": rate}}
+        recipe["study"] |= {"arms": {job.arm: own}, "seeds": [job.seed], "sweep_share": SWEEP}
+        recipe["study"]["learning_rates"] = list(self.rates) if rate is None else []
+        recipe["collapse"]["target_depth"] = job.depth
         recipe["budget"] = {"max_tokens": 10_000_000, "evaluate_at": [0.1, 0.5, 1.0]}
-        recipe["export"]["enabled"] = False
+        recipe["export"]["enabled"] = job == self.teaching
         recipe["data"]["batch_size"] = 32
         recipe["trainer"] |= {
             "enable_checkpointing": False,
@@ -92,25 +126,32 @@ class Quality:
             "val_check_interval": 1000,
             "default_root_dir": str(self.work),
         }
-        if objective == "distilled":
+        if job.objective == "distilled":
             recipe["model"]["distill"] |= {"logits": DISTILLED, "teacher": str(self.teacher)}
-        path = self.work / f"{self.name(objective, depth)}.yaml"
+        path = self.work / f"{job.name}.yaml"
         path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         return path
 
-    def rate(self, arm: str) -> float | None:
-        """Learning rate of `arm` in the results of `SWEPT`, maybe of another day; None: it was not run."""
-        objective, depth = SWEPT
-        for row in kept_rows():
-            if (row["strategy"], row["objective"]) == (arm, objective) and row["depth"] in (depth, ORIGINAL):
-                found: float = row["learning_rate"]
-                return found
-        return None
+    def changes(self, job: Job, recipe: dict[str, Any]) -> dict[str, Any]:
+        """What the arm changes in the study's recipe."""
+        if job.arm == "best" or job.arm in PARTS:
+            best = yaml.safe_load(find_recipe("smollm2_135m_best.yaml").read_text(encoding="utf-8"))["collapse"]
+            refine = best["refine"] | PARTS.get(job.arm, {})
+            return {"collapse": best | {"target_depth": job.depth, "refine": refine}}
+        if job.arm == "optipfair":
+            return {"collapse": {"remove": optipfair(recipe, job.depth, self.work)}}
+        if job.arm == "laco" and job.depth < 16:  # two layers a merge leave 16 at least, unless merged ones merge again
+            return {"collapse": {"min_interval": 1}}
+        return {}
 
-    @property
-    def teacher(self) -> Path:
-        """The original trained on, exported."""
-        return self.work / "teacher"
+
+def chosen_rate(arm: str) -> float | None:
+    """Learning rate of `arm` in the results of `SWEPT`, maybe of another day; None: it was not run."""
+    for row in kept_rows():
+        if (row["strategy"], row["objective"]) == (arm, SWEPT[0]) and row["depth"] in (SWEPT[1], ORIGINAL):
+            found: float = row["learning_rate"]
+            return found
+    return None
 
 
 def optipfair(recipe: dict[str, Any], depth: int, work: Path) -> list[int]:
@@ -138,53 +179,45 @@ def optipfair(recipe: dict[str, Any], depth: int, work: Path) -> list[int]:
     return removed
 
 
-def run(quality: Quality, arm: str, recipe: Path, gpu: str) -> bool:
-    """All seeds of an arm, on one GPU; whether they ended well."""
-    command = [sys.executable, "-m", "laco_train", "study", "--recipe", str(recipe), "--arms", arm, *quality.shared]
+def run(quality: Quality, job: Job, gpu: str) -> None:
+    """Make a run on one GPU, and append its row."""
+    command = [sys.executable, "-m", "laco_train", "study", "--recipe", str(quality.recipe(job)), *quality.shared]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     # threads of several processes that wait for each other on the same cores take minutes for seconds
-    environment.setdefault("OMP_NUM_THREADS", "6")
-    log = quality.work / f"{recipe.stem}-{arm}.log"
+    environment.setdefault("OMP_NUM_THREADS", "4")
+    log = quality.work / f"{job.name}.log"
     with log.open("a", encoding="utf-8") as output:
         code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
-    print(f"{recipe.stem} {arm}: {'done' if code == 0 else f'ended with {code}, see {log}'}", flush=True)
-    return code == 0
+    print(f"{job.name}: {'done' if code == 0 else f'ended with {code}, see {log}'}", flush=True)
 
 
-def rows_of(quality: Quality, objective: str, depth: int, arm: str) -> list[dict[str, Any]]:
-    """A row for each finished seed of an arm."""
-    rows = []
-    for seed in quality.seeds:
-        folder = quality.folder(objective, depth) / f"{arm}-seed{seed}" / "version_0"
-        if not (folder / "summary.json").exists():
-            continue
-        s = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        plan = json.loads((folder / "collapse_plan.json").read_text(encoding="utf-8"))
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        fitted = plan["refined"] or {"tokens": 0, "seconds": 0.0}
-        rows.append(
-            {
-                "strategy": arm,
-                "depth": s["depth"],
-                "seed": seed,
-                "objective": objective,
-                "learning_rate": config["model"]["optimizer"]["learning_rate"],
-                "refine_tokens": fitted["tokens"],
-                "refine_seconds": fitted["seconds"],
-                "collapse_seconds": s["search_seconds"] + fitted["seconds"],
-                "flops_per_token": s["flops_per_token"],
-                "original": s["losses"].get("original"),
-                "losses": [[point["tokens"], point["loss"]] for point in s["validation"]],
-            }
-        )
-    return rows
+def row_of(quality: Quality, job: Job) -> dict[str, Any] | None:
+    """What its run gave; None: it is not finished."""
+    folder = quality.folder(job)
+    if not (folder / "summary.json").exists():
+        return None
+    s = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    plan = json.loads((folder / "collapse_plan.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    fitted = plan["refined"] or {"tokens": 0, "seconds": 0.0}
+    return {
+        **dict(zip(KEY, job.key, strict=True)),
+        "depth": s["depth"],
+        "learning_rate": config["model"]["optimizer"]["learning_rate"],
+        "sweep_share": SWEEP,
+        "refine_tokens": fitted["tokens"],
+        "refine_seconds": fitted["seconds"],
+        "collapse_seconds": s["search_seconds"] + fitted["seconds"],
+        "flops_per_token": s["flops_per_token"],
+        "original": s["losses"].get("original"),
+        "losses": [[point["tokens"], point["loss"]] for point in s["validation"]],
+    }
 
 
-def append(rows: list[dict[str, Any]]) -> None:
-    """Add `rows` to quality.json, each with a header, in place of earlier ones of the same run."""
-    now = [{**row, **header()} for row in rows]
-    fresh = set(map(key_of, now))
-    found = {**header(), "rows": [*(row for row in kept_rows() if key_of(row) not in fresh), *now]}
+def append(row: dict[str, Any]) -> None:
+    """Add `row` to quality.json, with a header, in place of an earlier one of the same run."""
+    now = {**row, **header()}
+    found = {**header(), "rows": [*(kept for kept in all_rows() if key_of(kept) != key_of(now)), now]}
     RESULTS_FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -193,7 +226,7 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return (*(row[name] for name in KEY), row["machine"] if row["strategy"] == "original" else None)
 
 
-def kept_rows() -> list[dict[str, Any]]:
+def all_rows() -> list[dict[str, Any]]:
     """Rows of earlier runs."""
     if not RESULTS_FILE.exists():
         return []
@@ -201,21 +234,36 @@ def kept_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def export_teacher(quality: Quality, gpu: str) -> None:
-    """Train the original on as the plain study does, and export it, unless that was done."""
-    if quality.teacher.exists():
-        return
-    recipe = quality.recipe(*SWEPT, ("original",)).rename(quality.work / "quality_teacher.yaml")
-    options = ["--export.enabled=true", f"--study.learning_rates=[{quality.rate('original')}]"]
-    made_by = Quality(quality.work, (*quality.shared, *options), (0,), quality.rates)
-    if not run(made_by, "original", recipe, gpu):
-        sys.exit("the teacher was not trained")
-    made = quality.work / "lightning_logs" / "quality_teacher" / "original-seed0" / "version_0" / "export"
-    made.rename(quality.teacher)
+def kept_rows() -> list[dict[str, Any]]:
+    """Those whose learning rate was sought as it is now."""
+    return [row for row in all_rows() if row["sweep_share"] == SWEEP]
+
+
+def jobs_left(
+    quality: Quality, arms: tuple[str, ...], depths: tuple[int, ...], objectives: tuple[str, ...]
+) -> list[Job]:
+    """Runs without a row, in the order to make them: first those that choose a rate, then seed by seed, plain first."""
+    every = [Job(*of) for of in itertools.product(objectives, depths, arms, quality.seeds)]
+    every = [job for job in every if job.is_swept or job.arm not in ("original", *PARTS) or is_original(job)]
+    there, machine = set(map(key_of, kept_rows())), header()["machine"]
+    left = [job for job in every if (*job.key, machine if job.arm == "original" else None) not in there]
+    if "distilled" in objectives and not quality.teacher.exists() and quality.teaching not in left:
+        left.append(quality.teaching)
+    rank = {objective: place for place, objective in enumerate(OBJECTIVES)}
+    first = quality.seeds[0]
+    place = quality.seeds.index
+    return sorted(
+        left, key=lambda job: (not (job.is_swept and job.seed == first), place(job.seed), rank[job.objective])
+    )
+
+
+def is_original(job: Job) -> bool:
+    """Whether it is the original, which runs once for each objective and seed."""
+    return job.arm == "original" and job.depth == SWEPT[1]
 
 
 def main() -> None:
-    """Run what is asked for, each arm on the next free GPU."""
+    """Run what is asked for, each run on the next free GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for runs")
     parser.add_argument("--gpus", default="0", help="numbers of the GPUs; one that is named twice runs two at once")
@@ -226,58 +274,51 @@ def main() -> None:
     parser.add_argument("--rates", default=",".join(map(str, RATES)), help="learning rates to choose from")
     options, shared = parser.parse_known_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    arms, gpus = tuple(options.arms.split(",")), options.gpus.split(",")
     seeds, rates = tuple(map(int, options.seeds.split(","))), tuple(map(float, options.rates.split(",")))
     quality = Quality(options.work.resolve(), tuple(shared), seeds, rates)
-    objectives, depths = options.objectives.split(","), list(map(int, options.depths.split(",")))
-    every = sorted(itertools.product(objectives, depths), key=lambda study: study != SWEPT)  # rates first
-    for together in ([one for one in every if one == SWEPT], [one for one in every if one != SWEPT]):
-        if any(objective == "distilled" for objective, _ in together):
-            export_teacher(quality, gpus[0])
-        runs = [(*study, arm) for study in together for arm in arms if is_left(quality, *study, arm)]
-        work_off(quality, runs, arms, gpus)
+    asked = (tuple(options.arms.split(",")), tuple(map(int, options.depths.split(","))))
+    left = work_off(quality, jobs_left(quality, *asked, tuple(options.objectives.split(","))), options.gpus.split(","))
+    if left:
+        sys.exit("not run, as their learning rate or their teacher is missing: " + ", ".join(job.name for job in left))
 
 
-def runs_at(arm: str, objective: str, depth: int) -> bool:
-    """Whether an arm is asked for there: one run of the original stands beside all depths, parts of best at one."""
-    if arm in PARTS:
-        return (objective, depth) == SWEPT
-    return arm != "original" or depth == SWEPT[1]
+def work_off(quality: Quality, waiting: list[Job], gpus: list[str]) -> list[Job]:
+    """Make the runs `waiting`, each on whichever of `gpus` is free once it is ready; returns those that never were."""
+    changed, running = threading.Condition(), list[Job]()
 
-
-def is_left(quality: Quality, objective: str, depth: int, arm: str) -> bool:
-    """Whether a row of an arm is missing."""
-    if not runs_at(arm, objective, depth):
-        return False
-    left = ORIGINAL if arm == "original" else depth
-    wanted = [dict(zip(KEY, (arm, left, seed, objective), strict=True)) for seed in quality.seeds]
-    there = set(map(key_of, kept_rows()))
-    return not all(key_of(row | {"machine": header()["machine"]}) in there for row in wanted)
-
-
-def work_off(quality: Quality, runs: list[tuple[str, int, str]], arms: tuple[str, ...], gpus: list[str]) -> None:
-    """Make `runs`, (objective, depth, arm) each, on whichever of `gpus` is free."""
-    recipes = {study: quality.recipe(*study, arms) for study in dict.fromkeys(run[:2] for run in runs)}
-    waiting: queue.SimpleQueue[tuple[str, int, str]] = queue.SimpleQueue()
-    for one in runs:
-        waiting.put(one)
-    writing = threading.Lock()
+    def next_job() -> Job | None:
+        while True:
+            ready = next((job for job in waiting if quality.is_ready(job)), None)
+            if ready is not None:
+                waiting.remove(ready)
+                running.append(ready)
+                return ready
+            if not waiting or not running:  # what is left waits for a run that failed
+                return None
+            changed.wait()
 
     def work(gpu: str) -> None:
         while True:
-            try:
-                objective, depth, arm = waiting.get_nowait()
-            except queue.Empty:
+            with changed:
+                job = next_job()
+            if job is None:
                 return
-            run(quality, arm, recipes[objective, depth], gpu)
-            with writing:
-                append(rows_of(quality, objective, depth, arm))
+            try:
+                run(quality, job, gpu)
+            finally:
+                with changed:
+                    running.remove(job)
+                    row = row_of(quality, job)
+                    if row is not None:
+                        append(row)
+                    changed.notify_all()
 
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
+    return waiting
 
 
 if __name__ == "__main__":

@@ -112,6 +112,38 @@ def evaluation_table() -> str:
     return "\n".join([*lines, "", *(f"- {source}" for source in sources)])
 
 
+def quality_table() -> str:
+    """Each strategy at each depth and objective that was run, means over seeds; the lowest last loss first."""
+    rows = results("quality")["rows"]
+    by_study: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        studied = (row["objective"], 22 if row["strategy"] == "original" else row["depth"])
+        by_study.setdefault(studied, {}).setdefault(row["strategy"], []).append(row)
+    lines = []
+    for (objective, depth), arms in sorted(by_study.items(), key=lambda each: (each[0][0] != "plain", -each[0][1])):
+        lines += [
+            f"{depth} layers, {'next-token loss' if objective == 'plain' else 'distillation'}:",
+            "",
+            "| strategy | rate | tokens of refinement | seconds of collapse | at the start | 1M tokens | 10M | spread |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for arm, found in sorted(arms.items(), key=lambda each: mean_loss(each[1], -1)):
+            last = [row["losses"][-1][1] for row in found]
+            seconds = sum(row["collapse_seconds"] for row in found) / len(found)
+            cells = [arm, f"{found[0]['learning_rate']:g}", f"{found[0]['refine_tokens']:,}", f"{seconds:.1f}"]
+            losses = [f"{mean_loss(found, place):.3f}" for place in (0, 1, -1)]
+            spread = f"{max(last) - min(last):.3f}" if len(found) > 1 else "one seed"
+            lines.append(f"| {' | '.join([*cells, *losses, spread])} |")
+        lines.append("")
+    sources = {source_line(row): None for row in rows}
+    return "\n".join([*lines, *(f"- {source}" for source in sources)])
+
+
+def mean_loss(rows: list[dict[str, Any]], place: int) -> float:
+    """Of several seeds, at that place of their curves."""
+    return sum(float(row["losses"][place][1]) for row in rows) / len(rows)
+
+
 def scale_table() -> str:
     """Several GPUs of one machine beside one of them."""
     lines = [
@@ -211,6 +243,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "study": study_table,
     "ratios": ratios_table,
     "evaluation": evaluation_table,
+    "quality": quality_table,
     "scale": scale_table,
     "search": search_table,
     "stream": stream_table,

@@ -15,13 +15,26 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other by name
 
 import quality as quality_benchmark  # noqa: E402
-from quality import ARMS, PARTS, SWEPT, Quality, append, is_left, kept_rows  # noqa: E402
+from quality import (  # noqa: E402
+    ARMS,
+    KEY,
+    OBJECTIVES,
+    PARTS,
+    SWEEP,
+    SWEPT,
+    Job,
+    Quality,
+    all_rows,
+    append,
+    jobs_left,
+    work_off,
+)
 
 
-def row(arm: str, depth: int, seed: int = 0, machine: str = "a card") -> dict[str, Any]:
+def row(arm: str, depth: int, seed: int = 0, machine: str = "a card", share: float = SWEEP) -> dict[str, Any]:
     """Of a run with plain loss."""
     named = {"strategy": arm, "depth": depth, "seed": seed, "objective": "plain"}
-    return {**named, "learning_rate": 0.002, "machine": machine}
+    return {**named, "learning_rate": 0.002, "sweep_share": share, "machine": machine}
 
 
 @pytest.fixture
@@ -31,54 +44,94 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "quality.json"
 
 
-def test_what_has_its_rows_is_not_run_again(results: Path, tmp_path: Path) -> None:
-    quality = Quality(tmp_path, (), (0, 1), (1e-3,))
-    rows = [row("sleb", 22, 0), row("sleb", 22, 1), row("angular", 22, 0)]
+@pytest.fixture
+def quality(tmp_path: Path) -> Quality:
+    """Two seeds, two rates."""
+    return Quality(tmp_path, (), (0, 1), (5e-4, 1e-3))
+
+
+def test_what_has_its_row_is_not_run_again(results: Path, quality: Quality) -> None:
+    rows = [row("sleb", 22, 0), row("sleb", 22, 1), row("angular", 22, 0), row("tail", 22, 0, share=0.3)]
     rows += [row("original", 30, seed, "another card") for seed in (0, 1)]
     results.write_text(json.dumps({"rows": rows}))
-    left = [arm for arm in ("sleb", "angular", "original") if is_left(quality, "plain", 22, arm)]
-    assert left == ["angular", "original"]
-    assert is_left(quality, "plain", 25, "sleb") and not is_left(quality, "plain", 25, "original")
-    append([row("sleb", 22, 0)])
-    assert len(kept_rows()) == 5
+    left = jobs_left(quality, ("sleb", "angular", "tail", "original"), (22, 25), ("plain",))
+    assert {(job.arm, job.depth, job.seed) for job in left} == {
+        ("angular", 22, 1),
+        *((arm, 25, seed) for arm in ("sleb", "angular", "tail") for seed in (0, 1)),
+        *(("tail", 22, seed) for seed in (0, 1)),  # its rate was sought otherwise
+        *(("original", 22, seed) for seed in (0, 1)),  # on another card
+    }
+    append(row("tail", 22, 0))
+    assert len(all_rows()) == 6 and all_rows()[-1]["sweep_share"] == SWEEP
+
+
+def test_all_runs_and_their_order(results: Path, quality: Quality) -> None:
+    left = jobs_left(quality, (*ARMS, *PARTS), (22, 25, 15), OBJECTIVES)
+    assert len(left) == len(set(left)) == 2 * (2 * (3 * (len(ARMS) - 1) + 1) + len(PARTS))
+    choosing = len(ARMS) + len(PARTS)
+    assert all(job.is_swept and job.seed == 0 for job in left[:choosing])
+    assert [job.seed for job in left[choosing:]] == sorted(job.seed for job in left[choosing:])
 
 
 @pytest.mark.parametrize(("objective", "depth"), [("plain", 22), ("plain", 15), ("distilled", 25)])
-def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, results: Path) -> None:
+def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, results: Path, quality: Quality) -> None:
     swept = (objective, depth) == SWEPT
     if not swept:
         rows = [row(arm, 30 if arm == "original" else 22) for arm in ARMS]
         results.write_text(json.dumps({"rows": rows}))
     (tmp_path / f"optipfair_{depth}.json").write_text(json.dumps(list(range(30 - depth))))  # else it needs the weights
-    quality = Quality(tmp_path, (), (0, 1), (5e-4, 1e-3))
-    path = quality.recipe(objective, depth, (*ARMS, *PARTS))
-    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
-        config = parser().parse_args(["--recipe", str(path)])
-        study, arms = checked(config, path.stem, parser())
-    assert sorted(arms) == sorted([arm for arm in ARMS if arm != "original" or depth == 22] + list(PARTS) * swept)
-    recipes = {task.arm: study.recipe(task, None if not swept else 1e-3) for task in study.tasks(arms)}
-    for arm, recipe in recipes.items():
+    quality.teacher.mkdir(parents=True)
+    jobs = [job for job in jobs_left(quality, (*ARMS, *PARTS), (depth,), (objective,)) if job.seed == 0]
+    assert {job.arm for job in jobs} == {arm for arm in ARMS if arm != "original" or depth == 22} | (
+        set(PARTS) if swept else set()
+    )
+    recipes = {}
+    for job in jobs:
+        assert quality.is_ready(job)
+        with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
+            config = parser().parse_args(["--recipe", str(quality.recipe(job))])
+            study, arms = checked(config, job.name, parser())
+        assert arms == [job.arm]
+        (task,) = study.tasks(arms)
+        recipes[job.arm] = recipe = study.recipe(task, None if not swept else 1e-3)
         collapse = recipe["collapse"]
         left = 30 - len(collapse["remove"]) if collapse["remove"] else collapse["target_depth"] or 30
-        assert left == (30 if arm == "original" else depth)
+        assert left == (30 if job.arm == "original" else depth)
         assert recipe["budget"]["max_tokens"] == 10_000_000
+        assert recipe["export"]["enabled"] == (job == quality.teaching)
         assert study.settings.sweeps == swept
-        assert swept or study.rate(arm) == (0.002, "arm")
+        assert swept or study.rate(job.arm) == (0.002, "arm")
         assert recipe["model"]["distill"]["logits"] == (0.5 if objective == "distilled" else 0.0)
-    assert recipes["best"]["collapse"]["refine"]["tokens"] > 0
-    assert recipes["angular"]["collapse"]["refine"]["tokens"] == 0
+    refine = {arm: recipe["collapse"]["refine"] for arm, recipe in recipes.items()}
+    assert refine["best"]["tokens"] > 0 and refine["best"]["windows"] > 0
+    assert refine["angular"]["tokens"] == 0
     if swept:
-        assert (recipes["windows"]["collapse"]["refine"] | {"windows": 0}) == (
-            recipes["best"]["collapse"]["refine"] | {"windows": 0, "tokens": 65_536}
-        )
-        assert recipes["together"]["collapse"]["refine"]["windows"] == 0
+        assert refine["windows"] == refine["best"] | {"tokens": 65_536, "windows": 1.0}
+        assert refine["together"] == refine["best"] | {"windows": 0.0}
 
 
-def test_a_rate_that_was_chosen_is_not_sought_again(results: Path, tmp_path: Path) -> None:
-    results.write_text(json.dumps({"rows": [row("sleb", 22, 0)]}))
-    path = Quality(tmp_path, (), (1,), (5e-4, 1e-3)).recipe(*SWEPT, ("sleb", "angular"))
-    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
-        study, _ = checked(parser().parse_args(["--recipe", str(path)]), path.stem, parser())
-    assert study.rate("sleb") == (0.002, "arm") and study.settings.sweeps
-    with pytest.raises(SystemExit, match="angular has no learning rate yet"):
-        Quality(tmp_path, (), (1,), (1e-3,)).recipe("plain", 25, ("sleb", "angular"))
+def test_runs_wait_for_rate_and_teacher(
+    results: Path, quality: Quality, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several at once; what waits for a run that failed is told, and the rest is made."""
+    made: list[Job] = []
+
+    def run(quality: Quality, job: Job, gpu: str) -> None:
+        made.append(job)
+        if job == quality.teaching:
+            quality.teacher.mkdir(parents=True)
+
+    def row_of(quality: Quality, job: Job) -> dict[str, Any] | None:
+        named = dict(zip(KEY, job.key, strict=True))
+        return None if job.arm == "sleb" else {**named, "learning_rate": 0.001, "sweep_share": SWEEP}
+
+    monkeypatch.setattr(quality_benchmark, "run", run)
+    monkeypatch.setattr(quality_benchmark, "row_of", row_of)
+    asked = jobs_left(quality, ("sleb", "tail", "original"), (22, 25), OBJECTIVES)
+    left = work_off(quality, list(asked), ["0", "1", "1"])
+    assert sorted(map(str, [*made, *left])) == sorted(map(str, asked))
+    assert {job.arm for job in left} == {"sleb"} and len(left) == 7
+    assert min(made.index(job) for job in made if job.objective == "distilled") > made.index(quality.teaching)
+    first = made.index(Job(*SWEPT, "tail", 0))
+    assert first < min(made.index(job) for job in made if job.arm == "tail" and job != made[first])
+    assert jobs_left(quality, ("tail", "original"), (22, 25), OBJECTIVES) == []
