@@ -124,7 +124,7 @@ def quality_table() -> str:
         lines += [
             f"{depth} layers, {'next-token loss' if objective == 'plain' else 'distillation'}:",
             "",
-            "| strategy | rate | tokens of refinement | seconds of collapse | at the start | 1M tokens | 10M | spread |",
+            "| strategy | rate | tokens of refinement | seconds of collapse | start | 1M tokens | 10M | spread |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for arm, found in sorted(arms.items(), key=lambda each: mean_loss(each[1], -1)):
