@@ -31,11 +31,13 @@ from laco_train.recipes import find_recipe
 
 ARMS = ("original", "best", "laco", "shortgpt", "sleb", "angular", "tail", "streamline", "greedy", "optipfair")
 PARTS: dict[str, dict[str, Any]] = {
-    "together": {"windows": 0.0},
-    "windows": {"tokens": 65_536, "windows": 1.0},
-    "million": {"tokens": 1_000_000, "windows": 0.065},
+    "together": {"collapse": {"refine": {"windows": 0.0}}},
+    "windows": {"collapse": {"refine": {"tokens": 65_536, "windows": 1.0}}},
+    "million": {"collapse": {"refine": {"tokens": 1_000_000, "windows": 0.065}}},
+    "lora": {"model": {"method": "lora", "lora": {"rank": 64, "alpha": 128}}},
+    "last_layers": {"model": {"method": "last_layers", "last_layers": 6}},
 }
-"""What of `best` is otherwise: its windows or its divergence left out, three times as many tokens."""
+"""What of `best` is otherwise: its windows or its divergence left out, three times as many tokens, less trained."""
 ORIGINAL = 30  # its layers
 DEPTHS, OBJECTIVES = (22, 25, 15), ("plain", "distilled")
 RATES = [1.0e-3, 2.0e-3, 3.0e-3]
@@ -110,10 +112,9 @@ class Quality:
     def recipe(self, job: Job) -> Path:
         """The study's recipe, written to the work folder."""
         recipe: dict[str, Any] = yaml.safe_load(find_recipe("smollm2_135m_study.yaml").read_text(encoding="utf-8"))
-        own = self.changes(job, recipe)
-        rate = chosen_rate(job.arm)
+        own, rate = self.changes(job, recipe), chosen_rate(job.arm)
         if rate is not None:  # an arm that names its rate is not swept
-            own["model"] = {"optimizer": {"learning_rate": rate}}
+            own = overlaid(own, {"model": {"optimizer": {"learning_rate": rate}}})
         recipe["study"] |= {"arms": {job.arm: own}, "seeds": [job.seed], "sweep_share": SWEEP}
         recipe["study"]["learning_rates"] = list(self.rates) if rate is None else []
         recipe["collapse"]["target_depth"] = job.depth
@@ -136,13 +137,18 @@ class Quality:
         """What the arm changes in the study's recipe."""
         if job.arm == "best" or job.arm in PARTS:
             best = yaml.safe_load(find_recipe("smollm2_135m_best.yaml").read_text(encoding="utf-8"))["collapse"]
-            refine = best["refine"] | PARTS.get(job.arm, {})
-            return {"collapse": best | {"target_depth": job.depth, "refine": refine}}
+            return overlaid({"collapse": best | {"target_depth": job.depth}}, PARTS.get(job.arm, {}))
         if job.arm == "optipfair":
             return {"collapse": {"remove": optipfair(recipe, job.depth, self.work)}}
         if job.arm == "laco" and job.depth < 16:  # two layers a merge leave 16 at least, unless merged ones merge again
             return {"collapse": {"min_interval": 1}}
         return {}
+
+
+def overlaid(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` in its place, section by section."""
+    both = {key: overlaid(base[key], changes[key]) for key in base.keys() & changes if isinstance(changes[key], dict)}
+    return {**base, **changes, **both}
 
 
 def chosen_rate(arm: str) -> float | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from laco_train.cli.study import checked, parser
 
@@ -108,6 +109,14 @@ def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, resul
     if swept:
         assert refine["windows"] == refine["best"] | {"tokens": 65_536, "windows": 1.0}
         assert refine["together"] == refine["best"] | {"windows": 0.0}
+
+
+def test_a_part_keeps_what_it_is_with_the_rate_that_was_chosen(results: Path, quality: Quality) -> None:
+    results.write_text(json.dumps({"rows": [row("lora", 22)]}))
+    recipe = yaml.safe_load(quality.recipe(Job(*SWEPT, "lora", 1)).read_text())
+    own = recipe["study"]["arms"]["lora"]
+    assert own["model"] == {"method": "lora", "lora": own["model"]["lora"], "optimizer": {"learning_rate": 0.002}}
+    assert own["collapse"]["refine"]["tokens"] > 0 and recipe["study"]["learning_rates"] == []
 
 
 def test_runs_wait_for_rate_and_teacher(
