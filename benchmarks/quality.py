@@ -205,7 +205,8 @@ def row_of(quality: Quality, job: Job) -> dict[str, Any] | None:
     s = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     plan = json.loads((folder / "collapse_plan.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    fitted = plan["refined"] or {"tokens": 0, "seconds": 0.0}
+    fitted = plan["refined"] or {"tokens": 0, "seconds": 0.0}  # by a strategy, in its own time, or by collapse.refine
+    refined = fitted["seconds"] if plan["settings"]["refine"]["tokens"] else 0.0
     return {
         **dict(zip(KEY, job.key, strict=True)),
         "depth": s["depth"],
@@ -213,7 +214,7 @@ def row_of(quality: Quality, job: Job) -> dict[str, Any] | None:
         "sweep_share": SWEEP,
         "refine_tokens": fitted["tokens"],
         "refine_seconds": fitted["seconds"],
-        "collapse_seconds": s["search_seconds"] + fitted["seconds"],
+        "collapse_seconds": s["search_seconds"] + refined,
         "flops_per_token": s["flops_per_token"],
         "original": s["losses"].get("original"),
         "losses": [[point["tokens"], point["loss"]] for point in s["validation"]],

@@ -56,20 +56,23 @@ def study_table() -> str:
     """The arms of the study, best last loss first after the original."""
     found = results("study_smollm2")
     lines = [
-        "| arm | layers | learning rate | before training | 0.5M tokens | 1.0M | 5.2M | 10.5M | recovered "
-        "| inherited |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | layers | learning rate | before training | 0.13M tokens | 0.5M | 1.0M | 5.2M | 10.5M "
+        "| tokens to 3.253 | recovered | inherited |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in sorted(found["arms"], key=lambda arm: (arm["name"] != "original", arm["losses"][-1][1])):
         by_tokens = dict(map(tuple, arm["losses"]))
-        losses = [f"{by_tokens[tokens]:.3f}" for tokens in (0, 524_288, 1_048_576, 5_242_880, 10_485_760)]
+        losses = [f"{by_tokens[tokens]:.3f}" for tokens in (0, 131_072, 524_288, 1_048_576, 5_242_880, 10_485_760)]
         shares = [arm["recovered"], arm["inheritance"]]
         cells = ["" if share is None else f"{100 * share:.0f}%" for share in shares]
+        reached = [at["tokens"] for at in arm["tokens_to_original"] if at is not None]
+        cells.insert(0, f"{reached[0] / 1e6:.1f}M" if reached else "not reached")
         if arm["name"] == "original":
-            cells[0] = ""
+            cells[:2] = ["", ""]
         lines.append(f"| {arm['name']} | {arm['depth']} | {arm['learning_rate']:g} | {' | '.join([*losses, *cells])} |")
+    sources = {source_line(arm): None for arm in found["arms"]}
     commands = [f"- `{command}`" for command in found["commands"]]
-    return "\n".join([*lines, "", f"- {source_line(found)}", *commands])
+    return "\n".join([*lines, "", *(f"- {source}" for source in sources), *commands])
 
 
 def ratios_table() -> str:
@@ -89,8 +92,9 @@ def ratios_table() -> str:
     for arm, found in sorted(by_arm.items(), key=lambda each: each[1][-1]["values"]["after"]["mean"]):
         at = {level["ratio"]: cell(level) for level in found}
         lines.append(f"| {arm} | {' | '.join(at[ratio] for ratio in ratios)} |")
-    error = original["accuracies"]["after"]["error"]
-    about = f"The original, trained on alike: {cell(original)}. Standard error of an accuracy: {error:.3f}."
+    errors = [level["accuracies"]["after"]["error"] for level in levels]
+    about = f"The original, trained on alike: {cell(original)}. "
+    about += f"Standard errors of accuracies: {min(errors):.3f} to {max(errors):.3f}."
     return "\n".join([*lines, "", about, "", f"- {source_line(original)}"])
 
 
@@ -109,7 +113,8 @@ def evaluation_table() -> str:
         cells = [row["name"], str(row["layers"]), *means, f"{whole['accuracy']:.3f} ± {whole['error']:.3f}", kept]
         lines.append(f"| {' | '.join(cells)} | {text['perplexity']:,.1f} | {text['bits_per_byte']:.3f} |")
     sources = {source_line(row): None for row in rows}
-    return "\n".join([*lines, "", *(f"- {source}" for source in sources)])
+    made = [f"- {row['name']}: `{row['made_by']}`" for row in rows if row["made_by"]]
+    return "\n".join([*lines, "", *(f"- {source}" for source in sources), *made])
 
 
 def quality_table() -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from common import RESULTS, header
 
 KEYS = ("name", "depth", "parameters", "learning_rate", "seeds", "losses", "recovered", "inheritance")
+KEYS += ("tokens_to_original", "speed")
 
 
 def arms_of(report: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -118,10 +119,12 @@ def make_plan(
     else:
         batch = calibration_batch(tokenizer, read_calibration(settings.calibration))
         target = target_depth(decoder, settings)
+        began = time.perf_counter()
         with evaluating(model), torch.no_grad(), placed(decoder, settings, device or model.device) as placement:
             walk = Walk(decoder, batch, settings, placement)
             choice = STRATEGIES[settings.strategy](walk, settings, target, on_candidate)
-            calibration = Calibration(batch.samples, batch.tokens, batch.sha256, *losses_of(walk))
+            seconds = time.perf_counter() - began
+            calibration = Calibration(batch.samples, batch.tokens, batch.sha256, *losses_of(walk), seconds)
         settings = dataclasses.replace(settings, similarity_threshold=choice.threshold)
     refined = weights = None
     if choice.fitted is not None:

@@ -77,6 +77,7 @@ class Calibration:
         loss_before: next-token loss of the original on it, nats per token; None if it has none (single tokens, or a
             model whose head can't be run alone).
         loss_after: the same of the collapsed model, before any training.
+        seconds: time that all of the search took, every threshold that was tried included; not compared.
     """
 
     samples: int
@@ -84,6 +85,7 @@ class Calibration:
     sha256: str
     loss_before: float | None = None
     loss_after: float | None = None
+    seconds: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

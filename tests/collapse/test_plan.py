@@ -77,7 +77,7 @@ def test_every_key_of_the_format(plan: CollapsePlan, written: Json, nine: LlamaF
     assert all(set(merge) == {"layer", "absorbed", "similarity"} for merge in written["merges"])
     assert all({"layer", "absorbed", "similarity", "accepted", "seconds"} <= set(c) for c in written["candidates"])
     assert set(written["parameters"]) == {"before", "after", "ratio"}
-    assert set(written["calibration"]) == {"samples", "tokens", "sha256", "loss_before", "loss_after"}
+    assert set(written["calibration"]) == {"samples", "tokens", "sha256", "loss_before", "loss_after", "seconds"}
     assert CollapsePlan.from_dict(written) == plan
     assert (plan.source, plan.source_fingerprint, plan.dtype) == ("tiny", fingerprint(nine), "float32")
     assert (plan.source_depth, plan.merge_rule, plan.merge_norms) == (9, "rdsc", False)
@@ -99,6 +99,8 @@ def test_counts(plan: CollapsePlan, nine: LlamaForCausalLM, tiny_tokenizer: PreT
     assert plan.parameters.ratio == pytest.approx(6 * layer / before)
     assert plan.calibration is not None
     assert plan.calibration.samples == len(TEXTS)
+    assert plan.calibration.seconds is not None
+    assert plan.calibration.seconds > sum(candidate.seconds for candidate in plan.candidates) > 0
     assert plan.calibration.tokens == sum(len(tiny_tokenizer(text)["input_ids"]) for text in TEXTS)
 
 
