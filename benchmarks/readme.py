@@ -86,7 +86,7 @@ def ratios_table() -> str:
 
     def cell(level: dict[str, Any]) -> str:
         losses, mean = [level["values"][when]["mean"] for when in ("before", "after")], level["accuracies"]["after"]
-        return f"{losses[0]:.2f}, {losses[1]:.3f}, {mean['accuracy']:.3f}"
+        return f"{losses[0]:.2f}, {losses[1]:.3f}, {mean['accuracy']:.3f}{'°' if mean['no_better_than_chance'] else ''}"
 
     lines = [f"| arm | {' | '.join(f'{100 * ratio:g}%' for ratio in ratios)} |", "|---" * (len(ratios) + 1) + "|"]
     for arm, found in sorted(by_arm.items(), key=lambda each: each[1][-1]["values"]["after"]["mean"]):
@@ -94,7 +94,7 @@ def ratios_table() -> str:
         lines.append(f"| {arm} | {' | '.join(at[ratio] for ratio in ratios)} |")
     errors = [level["accuracies"]["after"]["error"] for level in levels]
     about = f"The original, trained on alike: {cell(original)}. "
-    about += f"Standard errors of accuracies: {min(errors):.3f} to {max(errors):.3f}."
+    about += f"Standard errors of accuracies: {min(errors):.3f} to {max(errors):.3f}; °: no better than guessing."
     return "\n".join([*lines, "", about, "", f"- {source_line(original)}"])
 
 
@@ -305,6 +305,24 @@ def draw_study() -> None:
     (IMAGES / "study_smollm2.png").write_bytes(picture.png(dark=False))
 
 
+def draw_rounds() -> None:
+    """Pruning again beside pruning at once to the same depth, as `compare` draws them."""
+    from laco_train.study.figures import Line, curve_pictures
+    from laco_train.study.measures import MeanPoint
+
+    runs = [run for run in results("study_smollm2")["rounds"] if run["depths"][-1] == 15]
+    lines = []
+    for run in runs:
+        segments: list[list[MeanPoint]] = [[]]
+        for (tokens, loss), before in zip(run["losses"], [None, *run["losses"]], strict=False):
+            if before is not None and before[0] == tokens:  # the loss before and after a collapse
+                segments.append([])
+            segments[-1].append(MeanPoint(tokens, loss, None, None, None))
+        lines.append(Line(run["name"].removeprefix("smollm2_135m_"), segments, run["depths"][1:], plain=False))
+    (picture,) = (one for one in curve_pictures(lines, runs[0]["original"]) if one.name == "curves")
+    (IMAGES / "rounds_smollm2.png").write_bytes(picture.png(dark=False))
+
+
 def draw_ratios() -> None:
     """Losses after training over ratios, as the report of that study draws them."""
     from laco_train.study.measures import Spread
@@ -346,4 +364,5 @@ if __name__ == "__main__":
     IMAGES.mkdir(parents=True, exist_ok=True)
     draw_curve()
     draw_study()
+    draw_rounds()
     draw_ratios()

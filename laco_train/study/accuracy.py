@@ -23,7 +23,7 @@ class Moment:
         tokens: trained on before it.
         number: of measurements before it at the same tokens: 1 after a collapse between two rounds, else 0.
         estimate: over seeds.
-        chance: share right of uniform guesses; None if unknown.
+        chance: share right of uniform guesses, none where answers are free text; None if all are.
     """
 
     tokens: int
@@ -53,8 +53,8 @@ def accuracy_curve(arm: Arm, tasks: Sequence[str]) -> list[Moment]:
     found = []
     for place in places:
         each = [[_by_place(run, task)[place] for run in arm.runs] for task in tasks]
-        chances = [seeds[0].chance for seeds in each if seeds[0].chance is not None]
-        chance = fmean(chances) if len(chances) == len(each) else None
+        chances = [seeds[0].chance for seeds in each]
+        chance = None if all(one is None for one in chances) else fmean(one or 0.0 for one in chances)
         found.append(Moment(*place, mean_of([_over_seeds(seeds) for seeds in each]), chance))
     return found
 

@@ -333,18 +333,24 @@ def arms_of(runs: Iterable[Run]) -> list[Arm]:
         known = groups.setdefault(run.group, [])
         if run.folder.resolve() not in [other.folder.resolve() for other in known]:
             known.append(run)
-    names = [those[0].name for those in groups.values()]
-    return [
-        Arm(those[0].name if names.count(those[0].name) == 1 else _by_folder(those[0]), tuple(those))
-        for those in groups.values()
-    ]
+    first = [those[0] for those in groups.values()]
+    names = [run.name for run in first]
+    for longer in (_by_recipe, _by_folder):
+        names = [longer(run) if names.count(name) > 1 else name for run, name in zip(first, names, strict=True)]
+    return [Arm(name, tuple(those)) for name, those in zip(names, groups.values(), strict=True)]
+
+
+def _by_recipe(run: Run) -> str:
+    """Name of the recipe, or of the run, and of the study if it is part of one."""
+    place = run.folder.resolve()
+    if _RUN_FOLDER.fullmatch(place.parent.name):
+        return f"{place.parent.parent.name}/{run.name}"
+    return place.parent.name
 
 
 def _by_folder(run: Run) -> str:
     place = run.folder.resolve()
-    if _RUN_FOLDER.fullmatch(place.parent.name):
-        return f"{place.parent.parent.name}/{run.name}"
-    return f"{place.parent.name}/{place.name}"
+    return f"{_by_recipe(run)}/{place.name}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

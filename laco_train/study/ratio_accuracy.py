@@ -58,7 +58,7 @@ class MeanAccuracies:
         return None if self.baseline is None else kept(one.estimate, self.baseline)
 
     def chance(self, key: str) -> float | None:
-        """Share right of uniform guesses, the same for all; None if unknown."""
+        """Share right of uniform guesses, the same for all; None where answers are free text."""
         return next((one.chance for (when, _, _), one in self.found.items() if when == key), None)
 
     def ranked(self, over: OverRatios, ratio: float, key: str) -> list[tuple[str, Moment]]:

@@ -76,7 +76,7 @@ def _about(means: MeanAccuracies, q: Quantity) -> str:
         when = "before training" if means.at("before", ORIGINAL, 0.0) is not None else "after training"
         lines.append(f"In brackets: the share kept of the original's {when}, {means.baseline.value:.3f}.")
     if chance is None:
-        lines.append("Chance is not told, as not every task has one.")
+        lines.append("Chance is not told, as answers are free text.")
     else:
         lines.append(f"{CHANCE}: no better than chance, {chance:.3f}, by {CONFIDENCE} standard errors.")
     ahead = f"ahead of all others by more than {CONFIDENCE} standard errors of their difference"

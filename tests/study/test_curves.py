@@ -110,6 +110,15 @@ def test_runs_that_differ_in_seeds_only_are_one_arm(tmp_path: Path) -> None:
     ]
 
 
+def test_runs_of_one_strategy_have_the_names_of_their_recipes(tmp_path: Path) -> None:
+    places = [("once", 0, 1e-3), ("three", 0, 2e-3), ("three", 1, 3e-3)]
+    for name, version, rate in places:
+        write_run(tmp_path / f"{name}/version_{version}", summary(losses(6.0, 4.0, 3.0, 60)), rate, 0)
+    runs = [run for name, version, _ in places for run in read_runs(tmp_path / f"{name}/version_{version}")]
+    assert [arm.name for arm in arms_of(runs[:2])] == ["once", "three"]
+    assert [arm.name for arm in arms_of(runs)] == ["once", "three/version_0", "three/version_1"]
+
+
 def test_equal_arms_of_two_studies_stay_apart(tmp_path: Path) -> None:
     runs = [run for name in ("one", "two") for run in read_runs(write_study(tmp_path / name))]
     assert {arm.name for arm in arms_of(runs)} >= {"one/laco", "two/laco"}

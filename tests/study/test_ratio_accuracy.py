@@ -218,11 +218,15 @@ def test_one_task_without_training(tmp_path: Path) -> None:
     assert [path.name for path in report.glob("accuracy*.png")] == ["accuracy_before.png"]
 
 
-def test_a_task_without_chance_leaves_the_mean_without(tmp_path: Path) -> None:
-    write(tmp_path, "laco", 10, [*measured([(0.5, 0.5)]), {**accuracies("lambada", [(0, 0.0)])[0], "chance": None}])
+def test_guessing_finds_no_free_text(tmp_path: Path) -> None:
+    free = {**accuracies("lambada", [(0, 0.0)])[0], "chance": None}
+    write(tmp_path, "laco", 10, [*measured([(0.5, 0.5)]), free])
     _, (table,), means = read(tmp_path)
-    assert means.chance("before") is None and table.rows[0][2] == "0.333 ± 0.019"
-    assert table.about.count("Chance is not told") == 1
+    assert means.chance("before") == pytest.approx((0.5 + 0.5 + 0.0) / 3)
+    assert table.rows[0][2] == "0.333 ± 0.019°"  # by guesses alone
+    write(tmp_path, "laco", 10, [free])
+    _, (table,), means = read(tmp_path)
+    assert means.chance("before") is None and table.about.count("Chance is not told") == 1
     assert (write_report(tmp_path, speed=False).parent / "accuracy_before.png").is_file()
 
 
