@@ -146,21 +146,22 @@ def _find(path: Path, *, adapters: bool) -> Path:
     """The checkpoint or model folder that `path` stands for.
 
     Args:
-        path: a .ckpt, sharded or not, a model folder, or the folder of a finished run of fit or of a study's arm.
+        path: a .ckpt, sharded or not, a model folder, or the folder of a finished run of fit or of a study's arm, of
+            which the newest run is taken.
         adapters: whether LoRA must be apart still: a run's own export has it merged, its checkpoints don't.
 
     Raises:
         InputError: it is none of these.
     """
     from laco_train.export.source import KEY
-    from laco_train.study.curves import read_runs
+    from laco_train.study.curves import read_runs, study_folders
     from laco_train.training.sharded import is_sharded
 
     if path.is_file() or is_sharded(path) or (path / "config.json").is_file():
         return path
     if not path.is_dir():
         raise InputError(KEY, f"there is no {str(path)!r}; name a .ckpt, a run's folder or an exported model")
-    runs = read_runs(path)
+    runs = read_runs(next((version for version in study_folders(path.parent) if version.parent == path), path))
     if len(runs) != 1:
         raise InputError(KEY, f"{path} holds {len(runs)} runs; name one of them, such as {runs[0].folder}")
     run = runs[0]

@@ -2,7 +2,8 @@
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,16 @@ class Packaging:
     proof: str
 
 
+def with_findings(packaging: Packaging, lines: Sequence[str]) -> Packaging:
+    """`packaging` with the `lines` of a proof at the end of its section on that."""
+    found = "".join(f"- {line}\n" for line in lines)
+    return replace(packaging, proof="\n".join(part for part in (packaging.proof, found) if part))
+
+
 def model_card(facts: CardFacts, plan: CollapsePlan | None, packaging: Packaging | None = None) -> str:
     """README.md of an export: the Hub's metadata, then text for people; `packaging` None: as Transformers saves it."""
     packaging = packaging or TRANSFORMERS
-    sections = [_metadata(facts, packaging), _what(facts, plan, kept_apart=packaging is ADAPTER)]
+    sections = [_metadata(facts, packaging), _what(facts, plan, kept_apart="lora" in packaging.tags)]
     if plan is not None:
         sections.append(_layers(plan))
     sections += [_training(facts), evaluation_section(facts.evaluations)]
@@ -226,9 +233,9 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_spec
 ```
 """
 _PROOF = """This folder was written under another name, reloaded in plain Transformers in float32, and renamed only
-because every weight and the logits of several prompts equalled those of the model in memory bit for bit, greedy
-generation with a KV cache equalled that without, and the tokenizer encoded alike. `laco_train_manifest.json` holds the
-sha256 of each file.
+because every weight, and the logits of five prompts and of the greedy tokens after them, equalled those of the model in
+memory bit for bit, greedy generation with a KV cache equalled that without, and the tokenizer encoded alike.
+`laco_train_manifest.json` holds the sha256 of each file.
 """
 TRANSFORMERS = Packaging("transformers", (), _USE, _PROOF)
 ADAPTER = Packaging(
@@ -246,5 +253,6 @@ base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 model = PeftModel.from_pretrained(base, f"{folder}/adapter")
 ```
 """,
-    _PROOF + "\nThe adapter was reloaded onto it by peft, and the logits of both together compared alike.\n",
+    _PROOF + "\nThe adapter was reloaded onto it by peft, and both together compared with the model in memory.\n",
 )
+"""Needs `with_findings` of the adapter."""

@@ -3,7 +3,6 @@
 import importlib.util
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from laco_train.collapse import CollapsePlan
 from laco_train.errors import InputError, TrainingStopped
-from laco_train.export.card import CardFacts, Packaging, model_card
+from laco_train.export.card import TRANSFORMERS, CardFacts, Packaging, with_findings
 from laco_train.export.cpu_copy import cpu_copy
-from laco_train.export.huggingface import with_licence, write_folder
+from laco_train.export.huggingface import with_licence, write_card, write_folder
 from laco_train.export.proof import PLAN_FILE
 from laco_train.export.whole import appearing_whole, refuse_nonempty
 
@@ -86,19 +85,19 @@ def export_converted(
         say(f"export: writing {folder}")
         source = folder / ".transformers"
         source.mkdir()
-        write_folder(duplicate, tokenizer, source, plan=plan, card=card)
+        write_folder(duplicate, tokenizer, source, plan=plan)
+        write_card(source, card, plan, TRANSFORMERS)  # llama.cpp's converter reads the metadata, such as the licence
         form.write(source, duplicate, folder)
         shutil.rmtree(source)
         say(f"export: loading it in its own runtime ({name}), and comparing with Transformers in float32")
         lines = form.prove(duplicate, tokenizer, folder)
-        packaging = replace(form.packaging, proof="".join(f"- {line}\n" for line in lines))
         try:
             tokenizer.save_pretrained(folder)
             if plan is not None:
                 plan.save(folder / PLAN_FILE, weights=False)
-            (folder / "README.md").write_text(model_card(card, plan, packaging), encoding="utf-8")
         except OSError as error:
             raise TrainingStopped(f"export: can't write {folder}: {error}") from error
+        write_card(folder, card, plan, with_findings(form.packaging, lines))
     for line in lines:
         say(f"export: {line}")
     say(f"export: {output} is complete")

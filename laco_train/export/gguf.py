@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreT
 
 from laco_train.errors import InputError, TrainingStopped
 from laco_train.export.card import Packaging
-from laco_train.export.runtime_proof import PROMPTS, Ids, greedy, prove_equal, prove_near, text_logits
+from laco_train.export.runtime_proof import PROMPTS, Ids, failed, greedy, prove_equal, prove_near, text_logits
 from laco_train.models.checks import UNREADABLE
 
 GgufType = Literal["f16", "q8_0"]
@@ -145,9 +145,7 @@ class LlamaCpp:
         for text in PROMPTS:
             ids = self._llama.tokenize(text.encode(), add_bos=False, special=True)
             if ids != tokenizer(text, add_special_tokens=False)["input_ids"]:
-                raise TrainingStopped(
-                    f"export: the proof failed, nothing was exported: {self.name} encodes {text!r} otherwise"
-                )
+                raise failed(f"{self.name} encodes {text!r} otherwise")
 
     def greedy(self, prompts: Sequence[Ids], count: int) -> list[Ids]:
         """See `Runtime`."""

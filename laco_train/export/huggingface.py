@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from laco_train.collapse import CollapsePlan
 from laco_train.errors import TrainingStopped
-from laco_train.export.card import ADAPTER, CardFacts, Packaging, model_card
+from laco_train.export.card import ADAPTER, TRANSFORMERS, CardFacts, Packaging, model_card, with_findings
 from laco_train.export.cpu_copy import adapted_copy, cpu_copy
 from laco_train.export.licence import licence_of
-from laco_train.export.proof import PLAN_FILE, Proof, adapted_logits, prove, prove_adapter
+from laco_train.export.proof import PLAN_FILE, Proof, adapted_texts, prove, prove_adapter
 from laco_train.export.whole import appearing_whole, refuse_nonempty
 from laco_train.settings import ExportSettings
 
@@ -63,7 +63,7 @@ def export_folder(
     if keep_adapter:
         assert isinstance(model, PeftModel)
         adapted = adapted_copy(model, dtype)
-        expected = adapted_logits(adapted, tokenizer)
+        expected = adapted_texts(adapted, tokenizer)
         duplicate = cpu_copy(adapted.unload(), dtype)
         del adapted
     else:
@@ -71,17 +71,19 @@ def export_folder(
     about = {"format": "hf", "card": card.to_dict()}
     with appearing_whole(output, about) as folder:
         say(f"export: writing {folder}")
-        packaging = ADAPTER if keep_adapter else None
-        write_folder(duplicate, tokenizer, folder, plan=plan, card=card, packaging=packaging, shard_size=shard_size)
+        write_folder(duplicate, tokenizer, folder, plan=plan, shard_size=shard_size)
         if keep_adapter:
             _save_peft(model, folder / ADAPTER_FOLDER, base="..")  # type: ignore[arg-type]
         say("export: reloading it in plain Transformers, in float32, and comparing")
         proof = prove(folder, duplicate, tokenizer, plan)
+        lines, packaging = proof.lines(), TRANSFORMERS
         if expected is not None:
             del duplicate
             say("export: reloading the adapter onto it by peft, and comparing")
-            prove_adapter(folder, folder / ADAPTER_FOLDER, expected, tokenizer)
-    for line in proof.lines():
+            found = prove_adapter(folder, folder / ADAPTER_FOLDER, expected).lines()
+            lines, packaging = lines + found, with_findings(ADAPTER, found)
+        write_card(folder, card, plan, packaging)
+    for line in lines:
         say(f"export: {line}")
     say(f"export: {output} is complete")
     return proof
@@ -98,11 +100,9 @@ def write_folder(
     folder: Path,
     *,
     plan: CollapsePlan | None,
-    card: CardFacts,
-    packaging: Packaging | None = None,
     shard_size: str = ExportSettings.shard_size,
 ) -> None:
-    """Write weights, config, generation config, tokenizer, plan and model card of a `cpu_copy` into `folder`.
+    """Write weights, config, generation config, tokenizer and plan of a `cpu_copy` into `folder`.
 
     Raises:
         TrainingStopped: the disk is full, or Transformers can't save this model.
@@ -113,10 +113,21 @@ def write_folder(
         tokenizer.save_pretrained(folder)
         if plan is not None:
             plan.save(folder / PLAN_FILE, weights=False)  # the folder's own weights hold what was fitted
-        (folder / "README.md").write_text(model_card(card, plan, packaging), encoding="utf-8")
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise TrainingStopped(f"export: can't write {folder}: {reason}") from error
+
+
+def write_card(folder: Path, card: CardFacts, plan: CollapsePlan | None, packaging: Packaging) -> None:
+    """Write the model card of what was proven in `folder`.
+
+    Raises:
+        TrainingStopped: the disk is full.
+    """
+    try:
+        (folder / "README.md").write_text(model_card(card, plan, packaging), encoding="utf-8")
+    except OSError as error:
+        raise TrainingStopped(f"export: can't write {folder}: {error}") from error
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -14,19 +14,24 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from laco_train.collapse import CollapsePlan
-from laco_train.errors import InputError, TrainingStopped
+from laco_train.errors import InputError
+from laco_train.export.runtime_proof import (
+    PROMPTS,
+    Ids,
+    count_flips,
+    failed,
+    flips_in_words,
+    greedy,
+    greedy_steps,
+    prompts_for,
+    text_logits,
+)
 from laco_train.models.checks import UNREADABLE
 
 PLAN_FILE = "collapse_plan.json"
-PROMPT_TEXT = (
-    "The river rises in the northern hills, 1,204 metres above the sea, and flows south through three old towns; "
-    "Café, naïve, 北京的秋天很美。 def f(x): return x ** 2  # a square\n"
-)
-PROMPT_LENGTHS = (1, 7, 24, 64)
-NEW_TOKENS = 16
 # Cached and uncached passes multiply matrices of other shapes, so float32 rounding differs (2e-7 on small models,
 # more on deep ones), while a broken cache is off by a share of the logits themselves.
 CACHE_TOLERANCE = 1e-3
@@ -40,10 +45,11 @@ class Proof:
 
     Attributes:
         tensors: entries of the state dict, each bit-equal.
-        max_logit_difference: largest over all prompts; 0, or there would be no proof.
+        max_logit_difference: largest over all prompts and greedy tokens; 0, or there would be no proof.
         prompts: prompts that logits and generation were compared on.
-        generated_tokens: greedy tokens that are equal with and without a KV cache.
-        bytes: size of the folder.
+        generated_tokens: greedy tokens, with a KV cache, that are those of the model in memory and those without one.
+        flips: those among them that differ, all where two logits are nearer than `GAP`.
+        bytes: size of the folder without its model card.
         seconds: time the proof took.
     """
 
@@ -51,6 +57,7 @@ class Proof:
     max_logit_difference: float
     prompts: int
     generated_tokens: int
+    flips: int
     bytes: int
     seconds: float
 
@@ -58,9 +65,51 @@ class Proof:
         """The proof in words, a line each."""
         return [
             f"{self.tensors} weights equal bit for bit, {self.bytes / 1e6:,.1f} MB on disk",
-            f"logits of {self.prompts} prompts equal, largest difference {self.max_logit_difference:g}",
-            f"{self.generated_tokens} greedy tokens equal with and without a KV cache",
+            f"logits of {self.prompts} prompts and their greedy tokens equal, "
+            f"largest difference {self.max_logit_difference:g}",
+            f"{self.generated_tokens} greedy tokens as of the model in memory, equal with and without a KV cache "
+            f"({flips_in_words(self.flips)})",
             f"proven in {self.seconds:.1f} s",
+        ]
+
+
+@dataclass(frozen=True)
+class AdaptedText:
+    """What a model with adapters made of a prompt.
+
+    Attributes:
+        ids: the prompt and the greedy tokens after it.
+        new: how many those are.
+        logits: (T, V), over all of `ids`.
+    """
+
+    ids: Ids
+    new: int
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class AdapterProof:
+    """How near base and adapter, reloaded, were to the model in memory.
+
+    Attributes:
+        prompts: prompts that were compared.
+        tokens: greedy tokens compared.
+        flips: those that differ, all where two logits are nearer than `GAP`.
+        max_logit_difference: largest over all prompts and greedy tokens.
+    """
+
+    prompts: int
+    tokens: int
+    flips: int
+    max_logit_difference: float
+
+    def lines(self) -> list[str]:
+        """The proof in words, a line each."""
+        flips = flips_in_words(self.flips)
+        return [
+            f"adapter: {self.tokens} greedy tokens of {self.prompts} prompts as of the model in memory ({flips})",
+            f"adapter: largest logit difference {self.max_logit_difference:.3g}",
         ]
 
 
@@ -86,68 +135,63 @@ def prove(
     written = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype")
     _demand(written == dtype, f"config.json says dtype {written}, the weights are {dtype}")
     duplicate.float()
-    for parameter in reloaded.parameters():
-        # files align tensors less than memory does, and matrix products may round by alignment
-        parameter.data = parameter.data.clone()
     # the loader's choice, as the one that trained may need a GPU
     duplicate.set_attn_implementation(reloaded.config._attn_implementation)
     tensors = _compare_weights(duplicate.state_dict(), reloaded.state_dict())
     _compare_tokenizer(folder, tokenizer, trust_remote_code=trusted)
     _compare_plan(folder, plan)
-    prompts = prompt_ids(tokenizer, getattr(duplicate.config, "max_position_embeddings", None))
-    worst = max(_compare_logits(duplicate, reloaded, prompt) for prompt in prompts)
-    generated = sum(_compare_generation(reloaded, prompt) for prompt in prompts)
+    prompts, count = prompts_for(duplicate, tokenizer)
+    worst, flips = 0.0, 0
+    for index, prompt in enumerate(prompts):
+        new, cached = greedy_steps(reloaded, prompt, count)
+        expected, difference = _compare_logits(duplicate, reloaded, prompt + new)
+        choices = expected[-count - 1 : -1]
+        _compare_cached(choices, cached)
+        worst = max(worst, difference)
+        flips += count_flips("the reloaded model", new, "the model in memory", choices, index)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Proof(tensors, worst, len(prompts), generated, size, time.perf_counter() - start)
+    return Proof(tensors, worst, len(prompts), len(prompts) * count, flips, size, time.perf_counter() - start)
 
 
 @torch.no_grad()
-def adapted_logits(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """The (1, T, V) logits of each fixed prompt, in float32."""
-    positions = getattr(adapted.config, "max_position_embeddings", None)
-    return [adapted(input_ids=ids, use_cache=False).logits for ids in prompt_ids(tokenizer, positions)]
+def adapted_texts(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[AdaptedText]:
+    """What `adapted`, in float32 on the CPU, makes of each prompt."""
+    model: Any = adapted.get_base_model()  # its layers have the adapters inside
+    prompts, count = prompts_for(model, tokenizer)
+    texts = [prompt + greedy(model, prompt, count) for prompt in prompts]
+    return [AdaptedText(ids, count, text_logits(model, ids)) for ids in texts]
 
 
 @torch.no_grad()
-def prove_adapter(folder: Path, adapter: Path, expected: list[Tensor], tokenizer: PreTrainedTokenizerBase) -> float:
-    """Prove that `adapter` on the base in `folder`, loaded by Transformers and peft, gives the `expected` logits.
+def prove_adapter(folder: Path, adapter: Path, expected: list[AdaptedText]) -> AdapterProof:
+    """Prove that `adapter` on the base in `folder`, loaded by Transformers and peft, computes what is `expected`.
 
-    Returns:
-        The largest difference, as rounding leaves it.
+    Each token of the model in memory must be the most likely one to them too, given those before it, or less than
+    `GAP` below it: greedy decoding then gives the same.
 
     Raises:
         TrainingStopped: it can't be loaded, or differs by more than rounding.
     """
     base = _reload(folder, trust_remote_code=False)
     with _loading("adapter"):
-        loaded = PeftModel.from_pretrained(base, str(adapter)).eval()
-    worst = 0.0
-    for before, after in zip(expected, adapted_logits(loaded, tokenizer), strict=True):
-        difference = (before - after).abs().max().item()
+        model: Any = PeftModel.from_pretrained(base, str(adapter)).eval().get_base_model()
+    worst, flips = 0.0, 0
+    for index, text in enumerate(expected):
+        found = text_logits(model, text.ids)
+        difference = (text.logits - found).abs().max().item()
         _demand(
-            difference <= ADAPTER_TOLERANCE * before.abs().max().item(),
+            difference <= ADAPTER_TOLERANCE * text.logits.abs().max().item(),
             f"logits of base and adapter differ by {difference:.3g} from those of the model in memory",
         )
         worst = max(worst, difference)
-    return worst
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, positions: int | None) -> list[Tensor]:
-    """Fixed prompts, each (1, T), of the lengths that leave room for new tokens in `positions` (None: no limit)."""
-    ids = tokenizer(PROMPT_TEXT)["input_ids"]
-    ids = ids * -(-max(PROMPT_LENGTHS) // len(ids))
-    room = max(PROMPT_LENGTHS) if positions is None else positions - NEW_TOKENS
-    lengths = sorted({max(1, min(length, room)) for length in PROMPT_LENGTHS})
-    return [torch.tensor([ids[:length]]) for length in lengths]
-
-
-def _failed(problem: str) -> TrainingStopped:
-    return TrainingStopped(f"export: the proof failed, nothing was exported: {' '.join(problem.split())}")
+        choices = found[-text.new - 1 : -1]
+        flips += count_flips("the model in memory", text.ids[-text.new :], "base and adapter", choices, index)
+    return AdapterProof(len(expected), sum(text.new for text in expected), flips, worst)
 
 
 def _demand(holds: bool, problem: str) -> None:
     if not holds:
-        raise _failed(problem)
+        raise failed(problem)
 
 
 @contextmanager
@@ -156,7 +200,7 @@ def _loading(part: str) -> Iterator[None]:
     try:
         yield
     except (*UNREADABLE, RuntimeError) as error:
-        raise _failed(f"the {part} can't be loaded: {str(error)[:300]}") from error
+        raise failed(f"the {part} can't be loaded: {str(error)[:300]}") from error
 
 
 def _reload(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -172,6 +216,9 @@ def _reload(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     for kind in ("missing", "unexpected"):
         keys = sorted(report[f"{kind}_keys"])
         _demand(not keys, f"{kind} in the written weights: {', '.join(keys[:3])}")
+    for parameter in reloaded.parameters():
+        # files align tensors less than memory does, and matrix products may round by alignment
+        parameter.data = parameter.data.clone()
     return reloaded.eval()
 
 
@@ -194,7 +241,7 @@ def _compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trus
     with _loading("tokenizer"):
         reloaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     _demand(reloaded.get_vocab() == tokenizer.get_vocab(), "the tokenizer's vocabulary differs from the one in memory")
-    text = PROMPT_TEXT + "".join(tokenizer.all_special_tokens)
+    text = "\n".join(PROMPTS) + "".join(tokenizer.all_special_tokens)
     ids = tokenizer(text)["input_ids"]
     _demand(reloaded(text)["input_ids"] == ids, "the tokenizer encodes otherwise than the one in memory")
     _demand(reloaded.decode(ids) == tokenizer.decode(ids), "the tokenizer decodes otherwise than the one in memory")
@@ -207,52 +254,32 @@ def _compare_plan(folder: Path, plan: CollapsePlan | None) -> None:
     try:
         written = CollapsePlan.load(folder / PLAN_FILE)
     except InputError as error:
-        raise _failed(str(error)) from error
+        raise failed(str(error)) from error
     # by text, as a NaN in a plan is not equal to itself
     _demand(json.dumps(written.to_dict()) == json.dumps(plan.to_dict()), f"{PLAN_FILE} differs from the plan")
 
 
-def _compare_logits(duplicate: PreTrainedModel, reloaded: PreTrainedModel, prompt: Tensor) -> float:
-    """Largest difference of the (T, V) logits on `prompt`, which must be 0."""
-    expected = duplicate(input_ids=prompt, use_cache=False).logits
-    found = reloaded(input_ids=prompt, use_cache=False).logits
+def _compare_logits(duplicate: PreTrainedModel, reloaded: PreTrainedModel, ids: Ids) -> tuple[Tensor, float]:
+    """The (T, V) logits of `duplicate` on `ids`, and how far the others are from them at most, which must be 0."""
+    expected, found = text_logits(duplicate, ids), text_logits(reloaded, ids)
     _demand(bool(expected.isfinite().all()), "the model's logits are not finite")
     difference = (expected - found).abs().max().item()
     if not torch.equal(expected, found):
         buffers = dict(reloaded.named_buffers())
         other = (name for name, value in duplicate.named_buffers() if not torch.equal(value, buffers[name].float()))
         cause = f"buffer {name} differs" if (name := next(other, None)) else "config.json gives another function"
-        _demand(False, f"logits differ by up to {difference:.3g} on {prompt.shape[1]} tokens: {cause}")
-    return difference
+        _demand(False, f"logits differ by up to {difference:.3g} on {len(ids)} tokens: {cause}")
+    return expected, difference
 
 
-def _compare_generation(model: PreTrainedModel, prompt: Tensor) -> int:
-    """Number of greedy tokens that are equal with and without a cache.
+def _compare_cached(uncached: Tensor, cached: Tensor) -> None:
+    """Greedy steps with a KV cache against one pass over the same text without: (count, V) logits of each.
 
-    Logits must agree to CACHE_TOLERANCE of their largest at each step; another token can then only be a tie within
-    that tolerance, after which the two texts are no longer comparable.
+    They must agree to CACHE_TOLERANCE of the largest at each step.
     """
-    uncached, cached = (_greedy_logits(model, prompt, use_cache=use_cache) for use_cache in (False, True))
-    for step, (expected, found) in enumerate(zip(uncached, cached, strict=True)):
-        difference = (expected - found).abs().max().item()
-        _demand(
-            difference <= CACHE_TOLERANCE * expected.abs().max().item(),
-            f"generation with a KV cache differs from that without at token {step}: logits by {difference:.3g}",
-        )
-        if expected.argmax() != found.argmax():
-            return step
-    return len(uncached)
-
-
-def _greedy_logits(model: PreTrainedModel, prompt: Tensor, *, use_cache: bool) -> tuple[Tensor, ...]:
-    """The (1, V) logits of each step of greedy generation, of NEW_TOKENS steps whatever the model's own defaults."""
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=NEW_TOKENS,
-        use_cache=use_cache,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    generate: Any = model.generate
-    return generate(prompt, attention_mask=torch.ones_like(prompt)).logits
+    differences = (uncached - cached).abs().amax(dim=1)
+    within = differences <= CACHE_TOLERANCE * uncached.abs().amax(dim=1)
+    if not within.all():
+        step = int(within.logical_not().nonzero()[0])
+        problem = "generation with a KV cache differs from that without"
+        raise failed(f"{problem} at token {step}: logits by {differences[step].item():.3g}")

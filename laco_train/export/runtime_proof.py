@@ -6,7 +6,7 @@ Shapes: T tokens, V vocabulary entries.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class RuntimeProof:
     def lines(self) -> list[str]:
         """The proof in words, a line each."""
         if self.agreement is None:
-            flips = "no flip" if not self.flips else f"{self.flips} flips between logits less than {GAP:g} apart"
+            flips = flips_in_words(self.flips)
             result = f"{self.tokens} greedy tokens of {self.prompts} prompts as in Transformers ({flips})"
         else:
             result = (
@@ -105,22 +105,12 @@ def prove_equal(reference: PreTrainedModel, runtime: Runtime, tokenizer: PreTrai
     flips, worst = 0, 0.0
     added = runtime.greedy(prompts, count)
     texts = [prompt + new for prompt, new in zip(prompts, added, strict=True)]
-    for prompt, new, text, found in zip(prompts, added, texts, runtime.logits(texts), strict=True):
+    for index, (new, text, found) in enumerate(zip(added, texts, runtime.logits(texts), strict=True)):
         if len(new) != count:
-            raise _failed(f"{runtime.name} gave {len(new)} tokens, not {count}")
+            raise failed(f"{runtime.name} gave {len(new)} tokens, not {count}")
         expected = text_logits(reference, text)
         worst = max(worst, _difference(expected, found, runtime.name))
-        choices = expected[len(prompt) - 1 : -1]
-        chosen = choices.gather(1, torch.tensor(new)[:, None])[:, 0]
-        gaps = choices.max(dim=1).values - chosen
-        if (gaps >= GAP).any():
-            step = int((gaps >= GAP).nonzero()[0])
-            best = int(choices[step].argmax())
-            raise _failed(
-                f"{runtime.name} chose token {new[step]} as new token {step} of prompt {prompts.index(prompt)}, whose "
-                f"logit in Transformers is {gaps[step].item():.3g} below that of token {best}"
-            )
-        flips += int((gaps > 0).sum())
+        flips += count_flips(runtime.name, new, "Transformers", expected[-count - 1 : -1], index)
     seconds = time.perf_counter() - start
     return RuntimeProof(runtime.name, len(prompts), count * len(prompts), flips, worst, None, None, seconds)
 
@@ -147,8 +137,38 @@ def prove_near(reference: PreTrainedModel, runtime: Runtime, tokenizer: PreTrain
     seconds = time.perf_counter() - start
     proof = RuntimeProof(runtime.name, len(prompts), positions, 0, worst, agreement, mean, seconds)
     if agreement < AGREEMENT or mean > DIVERGENCE:
-        raise _failed(proof.lines()[0])
+        raise failed(proof.lines()[0])
     return proof
+
+
+def count_flips(chooser: str, new: Ids, judge: str, choices: Tensor, prompt: int) -> int:
+    """How many of the tokens that `chooser` chose are not the most likely ones to `judge`, all by less than `GAP`.
+
+    Args:
+        chooser: name of what chose.
+        new: greedy tokens.
+        judge: name of what they are compared with.
+        choices: (len(new), V) logits of the judge, each given the tokens before.
+        prompt: number of the prompt.
+
+    Raises:
+        TrainingStopped: a token's logit is `GAP` or more below the best one.
+    """
+    chosen = choices.gather(1, torch.tensor(new)[:, None])[:, 0]
+    gaps = choices.max(dim=1).values - chosen
+    if (gaps >= GAP).any():
+        step = int((gaps >= GAP).nonzero()[0])
+        best = int(choices[step].argmax())
+        raise failed(
+            f"{chooser} chose token {new[step]} as new token {step} of prompt {prompt}, whose logit in {judge} is "
+            f"{gaps[step].item():.3g} below that of token {best}"
+        )
+    return int((gaps > 0).sum())
+
+
+def flips_in_words(flips: int) -> str:
+    """What `count_flips` counted."""
+    return "no flip" if not flips else f"{flips} flips between logits less than {GAP:g} apart"
 
 
 Prove = Callable[[PreTrainedModel, Runtime, PreTrainedTokenizerBase], RuntimeProof]
@@ -162,15 +182,33 @@ def prompts_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
 
 
 def text_logits(model: PreTrainedModel, ids: Ids) -> Tensor:
+    """The (T, V) logits of one pass over `ids`, without a KV cache."""
     logits: Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     return logits
 
 
 def greedy(model: PreTrainedModel, prompt: Ids, count: int) -> Ids:
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0)
+    """The `count` tokens that greedy decoding with a KV cache adds to `prompt`, past any end of text."""
+    return greedy_steps(model, prompt, count)[0]
+
+
+def greedy_steps(model: PreTrainedModel, prompt: Ids, count: int) -> tuple[Ids, Tensor]:
+    """As `greedy`, and the (count, V) logits that each token was chosen by."""
+    own = model.generation_config
+    # generate fills what a config passed to it leaves open from the model's, so that must go
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=count,
+        use_cache=True,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     ids = torch.tensor([prompt])
-    new: Ids = model.generate(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()  # type: ignore[operator]
-    return new
+    generate: Any = model.generate
+    found = generate(ids, attention_mask=torch.ones_like(ids))
+    model.generation_config = own
+    return found.sequences[0, len(prompt) :].tolist(), torch.cat(found.logits)
 
 
 def greedy_by_checking(
@@ -197,12 +235,13 @@ def greedy_by_checking(
 def _difference(expected: Tensor, found: Tensor, name: str) -> float:
     # some formats pad the vocabulary
     if found.shape[0] != expected.shape[0] or found.shape[1] < expected.shape[1]:
-        raise _failed(f"{name} gave logits of shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+        raise failed(f"{name} gave logits of shape {tuple(found.shape)}, not {tuple(expected.shape)}")
     difference = (expected - found[:, : expected.shape[1]]).abs().max().item()
     if not difference < float("inf"):
-        raise _failed(f"{name} gave logits that are not finite")
+        raise failed(f"{name} gave logits that are not finite")
     return difference
 
 
-def _failed(problem: str) -> TrainingStopped:
-    return TrainingStopped(f"export: the proof failed, nothing was exported: {problem}")
+def failed(problem: str) -> TrainingStopped:
+    """A failed proof, in one line."""
+    return TrainingStopped(f"export: the proof failed, nothing was exported: {' '.join(problem.split())}")

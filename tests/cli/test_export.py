@@ -1,6 +1,7 @@
 """`export` from whatever holds a trained model, and the options that go not together."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from laco_train.export import ctranslate2
+from laco_train.export import cpu_copy, ctranslate2, gguf
 from laco_train.manifest import faults, read_manifest
 from tests.cli.runs import KEEP_ALL, Project, Run
+from tests.study.studies import SHARED, study_of, write_recipe
 
 IDS = torch.arange(1, 20).unsqueeze(0)
 
@@ -45,6 +47,22 @@ def test_a_checkpoint_a_run_and_an_export_give_the_same(shared_project: Project,
     assert facts[1:] == [facts[0]] * 3
 
 
+def test_an_arm_of_a_study(project: Project) -> None:
+    """By the arm's folder or its run's, with an export of its own or without; of the study itself it takes none."""
+    write_recipe(project, below=SHARED | {"study": {"arms": {"laco": {}, "scratch": {}}, "seeds": [0]}})
+    arm = study_of(project).run("scratch-seed0").parent
+    first = export(project, arm, "from_arm")
+    assert torch.equal(logits(first), logits(arm / "version_0" / "export"))
+    assert not torch.equal(logits(first), logits(arm.parent / "laco-seed0" / "version_0" / "export"))
+    assert read_manifest(first, "x").export["card"]["steps"] == 6
+    shutil.rmtree(arm / "version_0" / "export")
+    for number, source in enumerate((arm, arm / "version_0")):
+        assert torch.equal(logits(export(project, source, f"from_checkpoint_{number}")), logits(first))
+    result = project("export", "--checkpoint", str(arm.parent), "--output", "none")
+    assert result.code == 2
+    assert "holds 2 runs; name one of them, such as " in result.err
+
+
 def test_a_model_that_was_never_here(shared_project: Project) -> None:
     folder = export(shared_project, shared_project.root / "model", "from_model")
     assert torch.equal(logits(folder), logits(shared_project.root / "model"))
@@ -57,6 +75,7 @@ def test_a_model_that_was_never_here(shared_project: Project) -> None:
 def test_an_adapter_merged_or_kept(shared_project: Project, lora: Run) -> None:
     merged = export(shared_project, lora.folder, "merged")
     kept = export(shared_project, lora.folder, "kept", "--adapter", "keep")
+    assert "adapter: largest logit difference " in (kept / "README.md").read_text(encoding="utf-8")
     base = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32)
     before = base(IDS).logits
     both = PeftModel.from_pretrained(base, str(kept / "adapter"))(IDS).logits
@@ -130,6 +149,38 @@ def test_gguf_without_a_runtime_must_be_said_to_be_unproven(
     assert result.code == 2
     assert "gguf can't be proven here: `pip install llama-cpp-python`" in result.err
     assert "--unproven" in result.err
+
+
+def test_unproven_gguf_is_written_and_says_so(
+    shared_project: Project, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama-cpp-python can't be imported; a script stands in for the converter, a model for what is read back."""
+    pytest.importorskip("sentencepiece")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    script = """
+import pathlib, sys
+assert "library_name: transformers" in (pathlib.Path(sys.argv[1]) / "README.md").read_text()  # for its metadata
+pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_bytes(b"GGUF")
+"""
+    (tmp_path / gguf.CONVERTER).write_text(script, encoding="utf-8")
+
+    def read_back(self: gguf.ReadBack, file: Path) -> None:
+        assert file.read_bytes() == b"GGUF"
+        exported = AutoModelForCausalLM.from_pretrained(run.folder / "export", dtype=torch.float32)
+        self._model = cpu_copy(exported, torch.float16).float()
+
+    monkeypatch.setattr(gguf.ReadBack, "__init__", read_back)
+    options = ["--format", "gguf", "--llama-cpp", str(tmp_path), "--unproven"]
+    result = shared_project("export", "--checkpoint", str(run.folder), "--output", "unproven", *options)
+    assert result.code == 0, result.err
+    unproven = "llama.cpp: NOT PROVEN in its own runtime, as llama-cpp-python is not installed"
+    assert f"export: {unproven}\n" in result.out
+    card = (shared_project.root / "unproven" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: gguf\n" in card
+    proof = card.partition("## Proof\n")[2]
+    assert "- read back by Transformers' GGUF loader: 320 greedy tokens of 5 prompts" in proof
+    assert f"- {unproven}\n" in proof
+    assert shared_project("verify", "unproven").code == 0
 
 
 def test_a_damaged_source_is_found_by_verify(shared_project: Project, run: Run) -> None:

@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from laco_train.collapse import CollapsePlan
 from laco_train.errors import InputError, TrainingStopped
 from laco_train.export import CardFacts, Proof, export_folder, refuse_nonempty, save_adapter
+from laco_train.export.cpu_copy import adapted_copy
 from laco_train.export.huggingface import write_folder
+from laco_train.export.proof import adapted_texts, prove_adapter
+from laco_train.export.runtime_proof import text_logits
 from laco_train.manifest import MANIFEST, faults, read_manifest
 
 IDS = torch.arange(1, 20).unsqueeze(0)
@@ -58,9 +61,10 @@ def test_folder_reloads_as_the_model(
     assert CollapsePlan.load(output / "collapse_plan.json") == plan
     assert "from 6 to 4 decoder layers" in (output / "README.md").read_text(encoding="utf-8")
 
-    assert (proof.tensors, proof.max_logit_difference, proof.prompts) == (len(model.state_dict()), 0.0, 4)
-    assert proof.generated_tokens == 4 * 16
-    assert proof.bytes == sum(path.stat().st_size for path in output.iterdir() if path.name != MANIFEST)
+    assert (proof.tensors, proof.max_logit_difference, proof.prompts) == (len(model.state_dict()), 0.0, 5)
+    assert proof.generated_tokens == 5 * 64
+    later = (MANIFEST, "README.md")
+    assert proof.bytes == sum(path.stat().st_size for path in output.iterdir() if path.name not in later)
     assert faults(output, read_manifest(output, "x")) == {}
     assert read_manifest(output, "x").export == {"format": "hf", "card": facts.to_dict()}
     assert all(f"export: {line}" in said for line in proof.lines())
@@ -103,7 +107,9 @@ def test_adapter_is_kept_beside_its_base(
     tmp_path: Path, adapted: Factory, tiny_tokenizer: PreTrainedTokenizerFast, facts: CardFacts, dtype: torch.dtype
 ) -> None:
     model, plan = adapted()
-    arguments = {"plan": plan, "card": facts, "say": quiet, "keep_adapter": True}
+    model.generation_config.temperature = 0.25
+    said: list[str] = []
+    arguments = {"plan": plan, "card": replace(facts, method="lora"), "say": said.append, "keep_adapter": True}
     export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=dtype, **arguments)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
     with model.disable_adapter():
@@ -116,7 +122,15 @@ def test_adapter_is_kept_beside_its_base(
     assert "adapter/adapter_model.safetensors" in read_manifest(tmp_path / "x", "x").files
     config = json.loads((tmp_path / "x" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == ".."
-    assert "adapter is not merged" in (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
+    assert GenerationConfig.from_pretrained(tmp_path / "x").temperature == 0.25
+    written = (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
+    assert "adapter is not merged" in written
+    assert "LoRA adapters were trained and kept apart" in written
+    tokens, difference = (line.removeprefix("export: ") for line in said if line.startswith("export: adapter: "))
+    assert tokens == "adapter: 320 greedy tokens of 5 prompts as of the model in memory (no flip)"
+    assert difference.startswith("adapter: largest logit difference ")
+    assert float(difference.rpartition(" ")[2]) < 1e-4
+    assert f"compared with the model in memory.\n\n- {tokens}\n- {difference}\n" in written
 
 
 def test_an_adapter_that_changed_on_the_disk_is_found(
@@ -141,6 +155,21 @@ def test_an_adapter_that_changed_on_the_disk_is_found(
     with pytest.raises(TrainingStopped, match="logits of base and adapter differ by"):
         export_folder(model, tiny_tokenizer, tmp_path / "x", dtype=torch.float32, **arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_would_write_another_token_is_found(
+    tmp_path: Path, adapted: Factory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, _ = adapted()
+    expected = adapted_texts(adapted_copy(model, torch.float32), tiny_tokenizer)
+    save_adapter(model, tmp_path / "adapter")
+    model.unload().save_pretrained(tmp_path / "base")
+    assert prove_adapter(tmp_path / "base", tmp_path / "adapter", expected).tokens == 5 * 64
+    model, _ = adapted()
+    ids = [*expected[1].ids[:-1], (expected[1].ids[-1] + 1) % len(tiny_tokenizer)]
+    expected[1] = replace(expected[1], ids=ids, logits=text_logits(model.get_base_model(), ids).detach())
+    with pytest.raises(TrainingStopped, match=rf"chose token {ids[-1]} as new token 63 of prompt 1, whose .* in base"):
+        prove_adapter(tmp_path / "base", tmp_path / "adapter", expected)
 
 
 def test_weights_are_split_by_the_size_of_a_shard(

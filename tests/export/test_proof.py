@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from laco_train.collapse import CollapsePlan
 from laco_train.errors import TrainingStopped
-from laco_train.export import CardFacts, Proof, cpu_copy, prove
+from laco_train.export import Proof, cpu_copy, prove
 from laco_train.export.huggingface import write_folder
-from laco_train.export.proof import prompt_ids
+from laco_train.export.runtime_proof import prompts_for, text_logits
 
 Change = Callable[[Any], None]
 NORM = "model.layers.1.input_layernorm.weight"
@@ -29,11 +29,10 @@ class Written:
         model: LlamaForCausalLM,
         tokenizer: PreTrainedTokenizerFast,
         plan: CollapsePlan,
-        facts: CardFacts,
     ):
         self.folder, self.tokenizer, self.plan = folder, tokenizer, plan
         self.duplicate = cpu_copy(model, torch.bfloat16)
-        write_folder(self.duplicate, tokenizer, folder, plan=plan, card=facts)
+        write_folder(self.duplicate, tokenizer, folder, plan=plan)
 
     def change_weights(self, change: Change) -> None:
         weights = load_file(self.folder / "model.safetensors")
@@ -58,15 +57,26 @@ class Written:
 
 
 @pytest.fixture
-def written(
-    tmp_path: Path, collapsed: Callable[..., tuple], tiny_tokenizer: PreTrainedTokenizerFast, facts: CardFacts
-) -> Written:
+def written(tmp_path: Path, collapsed: Callable[..., tuple], tiny_tokenizer: PreTrainedTokenizerFast) -> Written:
     model, plan = collapsed()
-    return Written(tmp_path / "x", model, tiny_tokenizer, plan, facts)
+    return Written(tmp_path / "x", model, tiny_tokenizer, plan)
 
 
 def test_an_untouched_folder_is_proven(written: Written) -> None:
-    assert written.prove().tensors == len(written.duplicate.state_dict())
+    proof = written.prove()
+    assert proof.tensors == len(written.duplicate.state_dict())
+    assert (proof.prompts, proof.generated_tokens, proof.flips, proof.max_logit_difference) == (5, 5 * 64, 0, 0)
+    assert proof.lines()[1:3] == [
+        "logits of 5 prompts and their greedy tokens equal, largest difference 0",
+        "320 greedy tokens as of the model in memory, equal with and without a KV cache (no flip)",
+    ]
+
+
+def test_few_positions_mean_fewer_tokens(
+    tmp_path: Path, collapsed: Callable[..., tuple], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, plan = collapsed(max_position_embeddings=32)
+    assert Written(tmp_path / "x", model, tiny_tokenizer, plan).prove().generated_tokens == 5 * 16
 
 
 def set_nan(weights: dict[str, torch.Tensor]) -> None:
@@ -135,11 +145,11 @@ def test_a_lost_chat_template(written: Written) -> None:
 
 
 def test_a_model_whose_rotary_frequencies_were_rounded(
-    tmp_path: Path, collapsed: Callable[..., tuple], tiny_tokenizer: PreTrainedTokenizerFast, facts: CardFacts
+    tmp_path: Path, collapsed: Callable[..., tuple], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """``model.to(bfloat16)`` rounds them, and no folder can hold that."""
     model, plan = collapsed()
-    Written(tmp_path / "x", model.to(torch.bfloat16), tiny_tokenizer, plan, facts).fails(r"logits differ.*inv_freq")
+    Written(tmp_path / "x", model.to(torch.bfloat16), tiny_tokenizer, plan).fails(r"logits differ.*inv_freq")
 
 
 def test_a_model_that_computes_nothing(written: Written) -> None:
@@ -161,6 +171,66 @@ def test_a_broken_cache(written: Written, monkeypatch: pytest.MonkeyPatch) -> No
     written.fails("generation with a KV cache differs from that without at token")
 
 
-def test_prompts_leave_room_for_generation(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    assert [ids.shape[1] for ids in prompt_ids(tiny_tokenizer, None)] == [1, 7, 24, 64]
-    assert [ids.shape[1] for ids in prompt_ids(tiny_tokenizer, 32)] == [1, 7, 16]
+@pytest.mark.parametrize(("gap", "allowed"), [(5e-4, True), (5e-3, False)])
+def test_a_cached_token_that_the_model_in_memory_would_not_choose(
+    tmp_path: Path,
+    collapsed: Callable[..., tuple],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    gap: float,
+    allowed: bool,
+) -> None:
+    """Two twin rows of the head: a pass prefers the one, and with a cache the other, by less than cached logits may."""
+    model, plan = collapsed()
+    prompts, _ = prompts_for(model, tiny_tokenizer)
+    best = int(text_logits(model, prompts[0])[-1].argmax())
+    twin = (best + 1) % len(tiny_tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight *= 10
+        model.lm_head.weight[twin] = model.lm_head.weight[best]
+    written = Written(tmp_path / "x", model, tiny_tokenizer, plan)
+    forward = LlamaForCausalLM.forward
+
+    def unlike(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        result = forward(self, *args, **kwargs)
+        result.logits[..., twin if kwargs["use_cache"] else best] += gap
+        return result
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", unlike)
+    if allowed:
+        proof = written.prove()
+        assert proof.flips > 0
+        assert f"{proof.flips} flips between logits less than 0.001 apart" in proof.lines()[2]
+    else:
+        written.fails(
+            rf"the reloaded model chose token {twin} as new token 0 of prompt 0, whose logit in the model in memory is "
+            rf"0\.005 below that of token {best}"
+        )
+
+
+def test_cached_logits_that_are_none(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LlamaForCausalLM.forward
+
+    def spoilt(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        result = forward(self, *args, **kwargs)
+        if kwargs["use_cache"]:
+            result.logits[...] = float("nan")
+        return result
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", spoilt)
+    written.fails("generation with a KV cache differs from that without at token 0: logits by nan")
+
+
+def test_the_cost_is_one_cached_decoding_and_two_passes_a_prompt(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, lengths = LlamaForCausalLM.forward, []
+
+    def counted(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        lengths.append(kwargs["input_ids"].shape[1])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
+    written.prove()
+    assert len(lengths) == 5 * (64 + 2)
+    assert lengths.count(1) == 5 * 63

@@ -160,6 +160,17 @@ def test_a_draft_changes_no_token(tiny_llama: Tiny, tiny_tokenizer: PreTrainedTo
         assert len(passes) == 1 if draft is model else len(passes) > 1
 
 
+def test_decoding_leaves_the_generation_config_alone(
+    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    own = model.generation_config
+    before = own.to_dict()
+    (prompt, *_), _ = prompts_for(model, tiny_tokenizer)
+    greedy(model, prompt, 3)
+    assert model.generation_config is own
+    assert own.to_dict() == before
+
+
 def test_few_positions_mean_fewer_tokens(tiny_llama: Tiny, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     prompts, count = prompts_for(tiny_llama(layers=1, max_position_embeddings=40), tiny_tokenizer)
     assert len(prompts) == len(PROMPTS)
