@@ -31,6 +31,12 @@ def source_line(found: dict[str, Any]) -> str:
     )
 
 
+def place_lines(rows: list[dict[str, Any]], name: str) -> list[str]:
+    """Where rows of NAME.json come from, each place once; what was run stands there."""
+    places = {source_line(row).split(": `")[0]: None for row in rows}
+    return [f"- {place}: what was run stands in `benchmarks/results/{name}.json`" for place in places]
+
+
 def collapse_table() -> str:
     """What collapse cost and training gave back, for each recipe run."""
     lines = [
@@ -70,9 +76,7 @@ def study_table() -> str:
         if arm["name"] == "original":
             cells[:2] = ["", ""]
         lines.append(f"| {arm['name']} | {arm['depth']} | {arm['learning_rate']:g} | {' | '.join([*losses, *cells])} |")
-    sources = {source_line(arm): None for arm in found["arms"]}
-    commands = [f"- `{command}`" for command in found["commands"]]
-    return "\n".join([*lines, "", *(f"- {source}" for source in sources), *commands])
+    return "\n".join([*lines, "", *place_lines(found["arms"], "study_smollm2")])
 
 
 def ratios_table() -> str:
@@ -95,7 +99,7 @@ def ratios_table() -> str:
     errors = [level["accuracies"]["after"]["error"] for level in levels]
     about = f"The original, trained on alike: {cell(original)}. "
     about += f"Standard errors of accuracies: {min(errors):.3f} to {max(errors):.3f}; °: no better than guessing."
-    return "\n".join([*lines, "", about, "", f"- {source_line(original)}"])
+    return "\n".join([*lines, "", about, "", *place_lines([original], "study_smollm2")])
 
 
 def evaluation_table() -> str:
@@ -112,9 +116,7 @@ def evaluation_table() -> str:
         kept = f"{100 * whole['kept']:.0f}%" if "kept" in whole else ""
         cells = [row["name"], str(row["layers"]), *means, f"{whole['accuracy']:.3f} ± {whole['error']:.3f}", kept]
         lines.append(f"| {' | '.join(cells)} | {text['perplexity']:,.1f} | {text['bits_per_byte']:.3f} |")
-    sources = {source_line(row): None for row in rows}
-    made = [f"- {row['name']}: `{row['made_by']}`" for row in rows if row["made_by"]]
-    return "\n".join([*lines, "", *(f"- {source}" for source in sources), *made])
+    return "\n".join([*lines, "", *place_lines(rows, "evaluation")])
 
 
 def quality_table() -> str:
@@ -140,8 +142,7 @@ def quality_table() -> str:
             spread = f"{max(last) - min(last):.3f}" if len(found) > 1 else "one seed"
             lines.append(f"| {' | '.join([*cells, *losses, spread])} |")
         lines.append("")
-    sources = {source_line(row): None for row in rows}
-    return "\n".join([*lines, *(f"- {source}" for source in sources)])
+    return "\n".join([*lines, *place_lines(rows, "quality")])
 
 
 def mean_loss(rows: list[dict[str, Any]], place: int) -> float:
