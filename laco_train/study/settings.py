@@ -30,7 +30,7 @@ class StudySettings:
     learning_rates: list[float] = field(default_factory=list)
     """Rates to choose from for each arm that names none itself, at the middle ratio; empty: that of the optimizer."""
     sweep_share: float = 0.1
-    """Share of the budget that each rate of that choice gets; above 0, 1 at most."""
+    """Share of the budget that each rate of that choice gets; above 0, 1 at most. Small ones favour low rates."""
     sweep_fraction: float = 0.02
     """Share of train's documents that only this choice is validated on: never trained on, never reported."""
     keep_going: bool = True
