@@ -248,8 +248,9 @@ def case_135m(place: Place) -> None:
     steps = 60
     free, jobs = itertools.count(), []
     for n in numbers:
-        # four need all GPUs, one and two fit beside each other
-        gpus = tuple(next(free) for _ in range(n)) if n < 4 else tuple(range(n))
+        # four need all GPUs; one and two fit beside each other, if there are three
+        apart = n < 4 and torch.cuda.device_count() >= 3
+        gpus = tuple(next(free) for _ in range(n)) if apart else tuple(range(n))
         options = ["--model.source", WEIGHTS, "--data.batch_size=32", "--trainer.accumulate_grad_batches=1"]
         options += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
         options += ["--export.enabled=false", "--trainer.enable_checkpointing=false"]
@@ -268,12 +269,13 @@ def case_135m(place: Place) -> None:
         append_rows("many_gpus", [{k: v for k, v in row.items() if k != "loss_apart"}])
 
 
-CASES: dict[str, Callable[[Place], None]] = {
-    "135m": case_135m,
-    "7b": case_7b,
-    "7b_four": case_7b_four,
-    "13b": case_13b,
+CASES: dict[str, tuple[int, Callable[[Place], None]]] = {
+    "135m": (2, case_135m),
+    "7b": (2, case_7b),
+    "7b_four": (4, case_7b_four),
+    "13b": (2, case_13b),
 }
+"""Each with the GPUs that it needs."""
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -283,4 +285,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     for chosen in options.cases or CASES:
-        CASES[chosen](Place(options.work, options.text))
+        needed, run = CASES[chosen]
+        if torch.cuda.device_count() < needed:
+            print(f"{chosen}: left out, as it needs {needed} GPUs")
+            continue
+        run(Place(options.work, options.text))

@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 from common import RESULTS, header
 
+from laco_train.files import write_whole
 from laco_train.recipes import find_recipe
 
 ARMS = ("original", "best", "laco", "shortgpt", "sleb", "angular", "tail", "streamline", "greedy", "optipfair")
@@ -45,6 +46,7 @@ SWEPT = ("plain", 22)  # whose learning rates serve for the other depths and obj
 DISTILLED = 0.5  # share of the loss that is the divergence from the teacher
 SWEEP = 1.0  # share of the budget that each learning rate is tried for: with 0.3 of it lower rates win that lose later
 RESULTS_FILE = RESULTS / "quality.json"
+RANKING = threading.Lock()  # for optipfair, whose ranking of a depth is kept
 KEY = ("strategy", "depth", "seed", "objective")  # and the machine, of the original
 
 
@@ -139,7 +141,8 @@ class Quality:
             best = yaml.safe_load(find_recipe("smollm2_135m_best.yaml").read_text(encoding="utf-8"))["collapse"]
             return overlaid({"collapse": best | {"target_depth": job.depth}}, PARTS.get(job.arm, {}))
         if job.arm == "optipfair":
-            return {"collapse": {"remove": optipfair(recipe, job.depth, self.work)}}
+            with RANKING:
+                return {"collapse": {"remove": optipfair(recipe, job.depth, self.work)}}
         if job.arm == "laco" and job.depth < 16:  # two layers a merge leave 16 at least, unless merged ones merge again
             return {"collapse": {"min_interval": 1}}
         return {}
@@ -181,12 +184,16 @@ def optipfair(recipe: dict[str, Any], depth: int, work: Path) -> list[int]:
     batches: Any = DataLoader(samples, batch_size=1)
     scores = analyze_layer_importance(model, batches, show_progress=False)
     removed = sorted(sorted(scores, key=lambda layer: scores[layer])[: len(scores) - depth])
-    kept.write_text(json.dumps(removed))
+    write_whole(kept, json.dumps(removed))
     return removed
 
 
 def run(quality: Quality, job: Job, gpu: str) -> None:
-    """Make a run on one GPU, and append its row."""
+    """Make a run on one GPU.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     command = [sys.executable, "-m", "laco_train", "study", "--recipe", str(quality.recipe(job)), *quality.shared]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     # threads of several processes that wait for each other on the same cores take minutes for seconds
@@ -194,14 +201,13 @@ def run(quality: Quality, job: Job, gpu: str) -> None:
     log = quality.work / f"{job.name}.log"
     with log.open("a", encoding="utf-8") as output:
         code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
-    print(f"{job.name}: {'done' if code == 0 else f'ended with {code}, see {log}'}", flush=True)
+    if code:
+        raise RuntimeError(f"ended with {code}, see {log}")
 
 
-def row_of(quality: Quality, job: Job) -> dict[str, Any] | None:
-    """What its run gave; None: it is not finished."""
+def row_of(quality: Quality, job: Job) -> dict[str, Any]:
+    """What its run gave."""
     folder = quality.folder(job)
-    if not (folder / "summary.json").exists():
-        return None
     s = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     plan = json.loads((folder / "collapse_plan.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -214,7 +220,7 @@ def row_of(quality: Quality, job: Job) -> dict[str, Any] | None:
         "sweep_share": SWEEP,
         "refine_tokens": fitted["tokens"],
         "refine_seconds": fitted["seconds"],
-        "collapse_seconds": s["search_seconds"] + refined,
+        "collapse_seconds": None if job.arm == "optipfair" else s["search_seconds"] + refined,  # its own is not timed
         "flops_per_token": s["flops_per_token"],
         "original": s["losses"].get("original"),
         "losses": [[point["tokens"], point["loss"]] for point in s["validation"]],
@@ -225,7 +231,7 @@ def append(row: dict[str, Any]) -> None:
     """Add `row` to quality.json, with a header, in place of an earlier one of the same run."""
     now = {**row, **header()}
     found = {**header(), "rows": [*(kept for kept in all_rows() if key_of(kept) != key_of(now)), now]}
-    RESULTS_FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_whole(RESULTS_FILE, json.dumps(found, indent=1) + "\n")  # others read it meanwhile
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -251,10 +257,14 @@ def jobs_left(
 ) -> list[Job]:
     """Runs without a row, in the order to make them: first those that choose a rate, then seed by seed, plain first."""
     every = [Job(*of) for of in itertools.product(objectives, depths, arms, quality.seeds)]
-    every = [job for job in every if job.is_swept or job.arm not in ("original", *PARTS) or is_original(job)]
+    every = [job for job in every if job.arm != "original" and (job.is_swept or job.arm not in PARTS)]
+    # it has all its layers whatever the depths
+    originals = itertools.product(objectives, quality.seeds if "original" in arms else ())
+    every += [Job(objective, SWEPT[1], "original", seed) for objective, seed in originals]
     there, machine = set(map(key_of, kept_rows())), header()["machine"]
     left = [job for job in every if (*job.key, machine if job.arm == "original" else None) not in there]
-    if "distilled" in objectives and not quality.teacher.exists() and quality.teaching not in left:
+    taught = any(job.objective == "distilled" for job in left)
+    if taught and not quality.teacher.exists() and quality.teaching not in left:
         left.append(quality.teaching)
     rank = {objective: place for place, objective in enumerate(OBJECTIVES)}
     first = quality.seeds[0]
@@ -264,17 +274,12 @@ def jobs_left(
     )
 
 
-def is_original(job: Job) -> bool:
-    """Whether it is the original, which runs once for each objective and seed."""
-    return job.arm == "original" and job.depth == SWEPT[1]
-
-
 def main() -> None:
     """Run what is asked for, each run on the next free GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for runs")
     parser.add_argument("--gpus", default="0", help="numbers of the GPUs; one that is named twice runs two at once")
-    parser.add_argument("--depths", default=",".join(map(str, DEPTHS)))
+    parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="parts of best run at 22 alone")
     parser.add_argument("--objectives", default=",".join(OBJECTIVES))
     parser.add_argument("--arms", default=",".join((*ARMS, *PARTS)))
     parser.add_argument("--seeds", default="0,1")
@@ -284,14 +289,20 @@ def main() -> None:
     seeds, rates = tuple(map(int, options.seeds.split(","))), tuple(map(float, options.rates.split(",")))
     quality = Quality(options.work.resolve(), tuple(shared), seeds, rates)
     asked = (tuple(options.arms.split(",")), tuple(map(int, options.depths.split(","))))
-    left = work_off(quality, jobs_left(quality, *asked, tuple(options.objectives.split(","))), options.gpus.split(","))
+    jobs = jobs_left(quality, *asked, tuple(options.objectives.split(",")))
+    failed, left = work_off(quality, jobs, options.gpus.split(","))
     if left:
-        sys.exit("not run, as their learning rate or their teacher is missing: " + ", ".join(job.name for job in left))
+        print("not run, as learning rate or teacher is missing: " + ", ".join(job.name for job in left))
+    sys.exit(1 if failed or left else 0)
 
 
-def work_off(quality: Quality, waiting: list[Job], gpus: list[str]) -> list[Job]:
-    """Make the runs `waiting`, each on whichever of `gpus` is free once it is ready; returns those that never were."""
-    changed, running = threading.Condition(), list[Job]()
+def work_off(quality: Quality, waiting: list[Job], gpus: list[str]) -> tuple[list[Job], list[Job]]:
+    """Make the runs `waiting`, each on whichever of `gpus` is free once it is ready.
+
+    Returns:
+        Those that failed, and those that were never ready.
+    """
+    changed, running, failed = threading.Condition(), list[Job](), list[Job]()
 
     def next_job() -> Job | None:
         while True:
@@ -312,20 +323,28 @@ def work_off(quality: Quality, waiting: list[Job], gpus: list[str]) -> list[Job]
                 return
             try:
                 run(quality, job, gpu)
+                with changed:
+                    append(row_of(quality, job))
+                print(f"{job.name}: done", flush=True)
+            except Exception as error:  # the others go on
+                failed.append(job)
+                print(f"{job.name}: {type(error).__name__}: {error}", flush=True)
             finally:
                 with changed:
                     running.remove(job)
-                    row = row_of(quality, job)
-                    if row is not None:
-                        append(row)
                     changed.notify_all()
 
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
-    return waiting
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:
+        with changed:
+            waiting.clear()  # else the next would begin
+        raise
+    return failed, waiting
 
 
 if __name__ == "__main__":

@@ -136,8 +136,9 @@ def quality_table() -> str:
         ]
         for arm, found in sorted(arms.items(), key=lambda each: mean_loss(each[1], -1)):
             last = [row["losses"][-1][1] for row in found]
-            seconds = sum(row["collapse_seconds"] for row in found) / len(found)
-            cells = [arm, f"{found[0]['learning_rate']:g}", f"{found[0]['refine_tokens']:,}", f"{seconds:.1f}"]
+            timed = [row["collapse_seconds"] for row in found if row["collapse_seconds"] is not None]
+            seconds = f"{sum(timed) / len(timed):.1f}" if timed else ""
+            cells = [arm, f"{found[0]['learning_rate']:g}", f"{found[0]['refine_tokens']:,}", seconds]
             losses = [f"{mean_loss(found, place):.3f}" for place in (0, 1, -1)]
             spread = f"{max(last) - min(last):.3f}" if len(found) > 1 else "one seed"
             lines.append(f"| {' | '.join([*cells, *losses, spread])} |")

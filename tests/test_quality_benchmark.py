@@ -83,9 +83,7 @@ def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, resul
     (tmp_path / f"optipfair_{depth}.json").write_text(json.dumps(list(range(30 - depth))))  # else it needs the weights
     quality.teacher.mkdir(parents=True)
     jobs = [job for job in jobs_left(quality, (*ARMS, *PARTS), (depth,), (objective,)) if job.seed == 0]
-    assert {job.arm for job in jobs} == {arm for arm in ARMS if arm != "original" or depth == 22} | (
-        set(PARTS) if swept else set()
-    )
+    assert {job.arm for job in jobs} == set(ARMS) | (set(PARTS) if swept else set())
     recipes = {}
     for job in jobs:
         assert quality.is_ready(job)
@@ -127,20 +125,38 @@ def test_runs_wait_for_rate_and_teacher(
 
     def run(quality: Quality, job: Job, gpu: str) -> None:
         made.append(job)
+        if job.arm == "sleb":
+            raise RuntimeError("no room")
         if job == quality.teaching:
             quality.teacher.mkdir(parents=True)
 
-    def row_of(quality: Quality, job: Job) -> dict[str, Any] | None:
+    def row_of(quality: Quality, job: Job) -> dict[str, Any]:
         named = dict(zip(KEY, job.key, strict=True))
-        return None if job.arm == "sleb" else {**named, "learning_rate": 0.001, "sweep_share": SWEEP}
+        return {**named, "learning_rate": 0.001, "sweep_share": SWEEP}
 
     monkeypatch.setattr(quality_benchmark, "run", run)
     monkeypatch.setattr(quality_benchmark, "row_of", row_of)
     asked = jobs_left(quality, ("sleb", "tail", "original"), (22, 25), OBJECTIVES)
-    left = work_off(quality, list(asked), ["0", "1", "1"])
+    failed, left = work_off(quality, list(asked), ["0", "1", "1"])
     assert sorted(map(str, [*made, *left])) == sorted(map(str, asked))
     assert {job.arm for job in left} == {"sleb"} and len(left) == 7
+    assert failed == [Job(*SWEPT, "sleb", 0)]
     assert min(made.index(job) for job in made if job.objective == "distilled") > made.index(quality.teaching)
     first = made.index(Job(*SWEPT, "tail", 0))
     assert first < min(made.index(job) for job in made if job.arm == "tail" and job != made[first])
     assert jobs_left(quality, ("tail", "original"), (22, 25), OBJECTIVES) == []
+    elsewhere = Quality(tmp_path / "other", (), (0, 1), (1e-3,))  # no teacher there, and nobody to teach
+    assert jobs_left(elsewhere, ("tail", "original"), (22, 25), OBJECTIVES) == []
+
+
+def test_what_is_no_run_is_no_end(results: Path, quality: Quality, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that can't be made leaves no other worker waiting."""
+    monkeypatch.setattr(quality_benchmark, "run", lambda *_: None)
+    asked = jobs_left(quality, ("tail", "sleb"), (22,), ("plain",))
+    failed, left = work_off(quality, list(asked), ["0", "1"])  # no summary.json
+    assert {job.seed for job in failed} == {0} and {job.seed for job in left} == {1}
+
+
+def test_the_original_has_all_its_layers_at_any_depth(results: Path, quality: Quality) -> None:
+    left = jobs_left(quality, ("original",), (25,), ("plain",))
+    assert [job.key for job in left] == [("original", 30, seed, "plain") for seed in (0, 1)]

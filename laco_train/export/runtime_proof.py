@@ -176,7 +176,7 @@ Prove = Callable[[PreTrainedModel, Runtime, PreTrainedTokenizerBase], RuntimePro
 
 def prompts_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Ids], int]:
     """The prompts as ids, and how many tokens to add: fewer and shorter where the model has few positions."""
-    positions = getattr(model.config, "max_position_embeddings", None) or NEW_TOKENS + PROMPT_TOKENS
+    positions = getattr(model.config, "max_position_embeddings", None) or 2 * NEW_TOKENS
     count = min(NEW_TOKENS, positions // 2)
     return [tokenizer(text)["input_ids"][: min(PROMPT_TOKENS, positions - count)] for text in PROMPTS], count
 

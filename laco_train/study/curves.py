@@ -3,8 +3,9 @@
 import json
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -335,7 +336,10 @@ def arms_of(runs: Iterable[Run]) -> list[Arm]:
             known.append(run)
     first = [those[0] for those in groups.values()]
     names = [run.name for run in first]
-    for longer in (_by_recipe, _by_folder):
+    longest = max((len(run.folder.resolve().parts) for run in first), default=0)
+    ways: list[Callable[[Run], str]] = [_by_recipe]
+    ways += [partial(_by_folder, parts=parts) for parts in range(2, longest + 1)]
+    for longer in ways:
         names = [longer(run) if names.count(name) > 1 else name for run, name in zip(first, names, strict=True)]
     return [Arm(name, tuple(those)) for name, those in zip(names, groups.values(), strict=True)]
 
@@ -348,9 +352,12 @@ def _by_recipe(run: Run) -> str:
     return place.parent.name
 
 
-def _by_folder(run: Run) -> str:
+def _by_folder(run: Run, parts: int) -> str:
+    """The last `parts` of its path, the version of one that is part of a study aside."""
     place = run.folder.resolve()
-    return f"{_by_recipe(run)}/{place.name}"
+    if found := _RUN_FOLDER.fullmatch(place.parent.name):
+        place = place.parent.parent / found["arm"]
+    return "/".join(place.parts[-parts:])
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -124,6 +124,19 @@ def test_equal_arms_of_two_studies_stay_apart(tmp_path: Path) -> None:
     assert {arm.name for arm in arms_of(runs)} >= {"one/laco", "two/laco"}
 
 
+def test_names_grow_until_they_differ(tmp_path: Path) -> None:
+    for root in ("one", "two"):
+        write_run(
+            tmp_path / root / "logs/r/version_0", summary(losses(6.0, 4.0, 3.0, 60)), 1e-3 if root == "one" else 2e-3, 0
+        )
+        write_study(tmp_path / root / "study")
+    found = [run for root in ("one", "two") for run in read_runs(tmp_path / root / "logs/r/version_0")]
+    assert [arm.name for arm in arms_of(found)] == ["one/logs/r/version_0", "two/logs/r/version_0"]
+    studies = [run for root in ("one", "two") for run in read_runs(tmp_path / root / "study")]
+    names = [arm.name for arm in arms_of(studies)]
+    assert len(set(names)) == len(names) and {"one/study/laco", "two/study/laco"} <= set(names)
+
+
 def test_an_export(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
     folder = tiny_folder(layers=3)
     (run,) = read_runs(folder)
