@@ -5,6 +5,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +15,34 @@ from typing import Any
 
 import torch
 
+from laco_train.errors import InputError
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "transformers", "lightning", "peft", "datasets")
+
+
+def measured_by(verb: str, arguments: list[str], output: str) -> dict[str, Any]:
+    """What `verb` of the program writes: the JSON file `output`, in the folder it gets as --output, if it has one.
+
+    Args:
+        output: such as ``inference.json``, or ``evaluation/evaluation.json``.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        asked = Path(temporary) / Path(output).parts[0]
+        command = [sys.executable, "-m", "laco_train", verb, *arguments, "--output", str(asked)]
+        subprocess.run(command, check=True)
+        found: dict[str, Any] = json.loads((Path(temporary) / output).read_text(encoding="utf-8"))
+    return found
+
+
+def run_or_say(parser: ArgumentParser, run: Callable[[Namespace], None]) -> None:
+    """`run` with the command line; what is wrong with it is one line and exit code 2. Results name files, not paths."""
+    options = parser.parse_args()
+    sys.argv[1:] = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+    try:
+        run(options)
+    except InputError as error:
+        parser.exit(2, f"{error}\n")
 
 
 def machine() -> str:

@@ -17,7 +17,6 @@ NAME_folded does so for the others: compare aligned_mean with mean_folded. Llama
 
 import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append_rows
+from common import append_rows, run_or_say
 from merge_rules import NAMES, Contribution, Given, Heads, heads_of, merge, parts_of, refuse_unlike_llama
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
@@ -301,15 +300,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run, or say in one line why not."""
-    parser = arguments()
-    options = parser.parse_args()
-    sys.argv[1:] = [
-        Path(word).name if Path(word).exists() else word for word in sys.argv[1:]
-    ]  # results name files only
-    try:
-        run(options)
-    except InputError as error:
-        parser.exit(2, f"{error}\n")
+    run_or_say(arguments(), run)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,13 @@ and measured on validation text, before the closed form and after it. All window
 import argparse
 import copy
 import math
-import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_results
+from common import run_or_say, write_results
 from merges import BATCH, PLACE, POOL, SOURCE, parsed, solve_together
 from torch import nn
 from transformers import PreTrainedModel
@@ -191,13 +189,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run, or say in one line why not."""
-    parser = arguments()
-    options = parser.parse_args()
-    sys.argv[1:] = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]  # names, not paths
-    try:
-        run(options)
-    except InputError as error:
-        parser.exit(2, f"{error}\n")
+    run_or_say(arguments(), run)
 
 
 if __name__ == "__main__":

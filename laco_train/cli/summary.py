@@ -42,7 +42,7 @@ def write_summary(
         "data": trainer.datamodule.summary(),  # type: ignore[attr-defined]
         "steps": trainer.global_step,
         "tokens": curves.tokens,
-        "search_seconds": (plan.calibration.seconds if plan.calibration else None) or 0.0,
+        "search_seconds": plan.calibration.seconds if plan.calibration else 0.0,
         "training_seconds": curves.validation[-1][3],
         "tokens_per_second": speed,
         "flops_per_token": use.flops_per_token,

@@ -1,10 +1,17 @@
-"""Lightning's Trainer, whose checkpoints are no training time."""
+"""Lightning's Trainer as runs use it: its defaults, and checkpoints that are no training time."""
 
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 from laco_train.callbacks.curves import Curves
+
+TRAINER_DEFAULTS = {
+    "num_sanity_val_steps": 0,  # the loss right after the collapse is measured anyway
+    "use_distributed_sampler": False,  # PackedText deals out its batches itself; the injected sampler isn't exact
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,  # the collapse prints what it left
+}
 
 
 class TimedTrainer(Trainer):

@@ -58,7 +58,7 @@ from laco_train.cli.resume import (
     refuse_other_recipe,
 )
 from laco_train.cli.summary import print_summary, write_summary
-from laco_train.cli.timed_trainer import TimedTrainer
+from laco_train.cli.timed_trainer import TRAINER_DEFAULTS, TimedTrainer
 from laco_train.collapse import CollapsePlan
 from laco_train.collapse.composition import from_the_first_model, plan_of_source
 from laco_train.collapse.families import depth_of
@@ -88,13 +88,6 @@ from laco_train.training.memory import is_out_of_memory
 from laco_train.training.module import CausalLM
 from laco_train.training.parallel import check_sizes, gathered, refuse_strategy
 
-_TRAINER_DEFAULTS = {
-    "num_sanity_val_steps": 0,  # the loss right after the collapse is measured anyway
-    "use_distributed_sampler": False,  # PackedText deals out its batches itself; the injected sampler isn't exact
-    "log_every_n_steps": 10,
-    "enable_model_summary": False,  # the collapse prints what it left
-}
-
 
 class RecipeParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser with one-line errors."""
@@ -109,7 +102,7 @@ class RecipeCLI(LightningCLI):
         self.recipe = recipe or "run"
         super().__init__(
             trainer_class=TimedTrainer,
-            trainer_defaults=_TRAINER_DEFAULTS,
+            trainer_defaults=TRAINER_DEFAULTS,
             save_config_callback=RecordConfig,
             seed_everything_default=0,
             parser_class=RecipeParser,
@@ -150,7 +143,7 @@ class RecipeCLI(LightningCLI):
         order = "Round k, counted from 1, takes its blocks in the order of data.seed + k - 1."
         parser.add_argument("--rounds", type=list[RoundSettings] | None, default=None, help=f"{several} {order}")
         parser.add_lightning_class_args(Trainer, "trainer")
-        parser.set_defaults({f"trainer.{name}": value for name, value in _TRAINER_DEFAULTS.items()})
+        parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
 
     def _parse_ckpt_path(self) -> None:
         """Leave the checkpoint alone: LightningCLI would load it whole and let its values override the recipe."""

@@ -85,7 +85,7 @@ class Calibration:
     sha256: str
     loss_before: float | None = None
     loss_after: float | None = None
-    seconds: float | None = field(default=None, compare=False)
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)

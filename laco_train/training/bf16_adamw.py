@@ -50,12 +50,6 @@ class BF16AdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.exact = exact
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """States of before rounding had a seed are those of seed 0."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("seed", 0)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what `closure` gives."""

@@ -99,7 +99,6 @@ def test_counts(plan: CollapsePlan, nine: LlamaForCausalLM, tiny_tokenizer: PreT
     assert plan.parameters.ratio == pytest.approx(6 * layer / before)
     assert plan.calibration is not None
     assert plan.calibration.samples == len(TEXTS)
-    assert plan.calibration.seconds is not None
     assert plan.calibration.seconds > sum(candidate.seconds for candidate in plan.candidates) > 0
     assert plan.calibration.tokens == sum(len(tiny_tokenizer(text)["input_ids"]) for text in TEXTS)
 

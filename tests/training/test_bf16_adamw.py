@@ -337,11 +337,6 @@ def test_a_saved_optimizer_keeps_its_seed() -> None:
     other = BF16AdamW([weight], lr=1e-3, exact=False, seed=4)
     other.load_state_dict(through_a_file(saved.state_dict()))
     assert other.param_groups[0]["seed"] == 3
-    older = saved.state_dict()
-    del older["param_groups"][0]["seed"]
-    other.load_state_dict(older)
-    run(other, weight, [torch.ones(64)])
-    assert other.param_groups[0]["seed"] == 0
 
 
 def test_same_weights_round_differently_in_each_parameter() -> None:
