@@ -7,10 +7,11 @@
 Arms are those of the study (issue 8): its runs, its sweep of the learning rate on documents that are not reported, its
 data order. `best` is collapse and refinement of smollm2_135m_best.yaml; what it refines on comes off its budget.
 `optipfair` removes the layers that OptiPFair 0.4.2 (pip install --no-deps optipfair==0.4.2) ranks lowest on the same
-calibration text. In `distilled`, all arms learn from the original trained on: its run with plain loss and the first
-seed. Each arm takes the learning rate that its sweep at 22 layers with plain loss chose, over the whole budget. Each
-arm, depth, objective and seed is a study of its own; its row is appended once it is there, and what has its row is not
-run again; the original is, on every kind of machine. At 22 layers with plain loss parts of `best` run too.
+calibration text; where they are those of shortgpt, its run is shortgpt's (`same_as`). In `distilled`, all arms learn
+from the original trained on: its run with plain loss and the first seed. Each arm takes the learning rate that its
+sweep at 22 layers with plain loss chose, over the whole budget. Each arm, depth, objective and seed is a study of its
+own; its row is appended once it is there, and what has its row is not run again; the original is, on every kind of
+machine. At 22 layers with plain loss parts of `best` run too; those that refine otherwise take its learning rate.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import os
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "last_layers": {"model": {"method": "last_layers", "last_layers": 6}},
 }
 """What of `best` is otherwise: its windows or its divergence left out, three times as many tokens, less trained."""
+RATED_AS_BEST = tuple(part for part in PARTS if set(PARTS[part]) == {"collapse"})
 ORIGINAL = 30  # its layers
 DEPTHS, OBJECTIVES = (22, 25, 15), ("plain", "distilled")
 RATES = [1.0e-3, 2.0e-3, 3.0e-3]
@@ -77,6 +79,11 @@ class Job:
         return self.arm, ORIGINAL if self.arm == "original" else self.depth, self.seed, self.objective
 
     @property
+    def twin(self) -> "Job":
+        """Of OptiPFair's: the run of the strategy that may remove the same layers."""
+        return replace(self, arm="shortgpt")
+
+    @property
     def is_swept(self) -> bool:
         """Whether it is of the study that may choose a learning rate."""
         return (self.objective, self.depth) == SWEPT
@@ -109,12 +116,17 @@ class Quality:
         """Whether its learning rate is known, or it is the one that chooses it; and whether its teacher is there."""
         if job.objective == "distilled" and not self.teacher.exists():
             return False
-        return (job.is_swept and job.seed == self.seeds[0]) or chosen_rate(job.arm) is not None
+        if job.arm == "optipfair" and of_run(job.twin) is None:
+            return False
+        return (self.chooses(job) and job.arm not in RATED_AS_BEST) or chosen_rate(job.arm) is not None
+
+    def chooses(self, job: Job) -> bool:
+        """Whether it is of the study, and has the seed, that learning rates are chosen in."""
+        return job.is_swept and job.seed == self.seeds[0]
 
     def recipe(self, job: Job) -> Path:
         """The study's recipe, written to the work folder."""
-        recipe: dict[str, Any] = yaml.safe_load(find_recipe("smollm2_135m_study.yaml").read_text(encoding="utf-8"))
-        own, rate = self.changes(job, recipe), chosen_rate(job.arm)
+        recipe, own, rate = read_recipe("study"), self.changes(job), chosen_rate(job.arm)
         if rate is not None:  # an arm that names its rate is not swept
             own = overlaid(own, {"model": {"optimizer": {"learning_rate": rate}}})
         recipe["study"] |= {"arms": {job.arm: own}, "seeds": [job.seed], "sweep_share": SWEEP}
@@ -135,17 +147,22 @@ class Quality:
         path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         return path
 
-    def changes(self, job: Job, recipe: dict[str, Any]) -> dict[str, Any]:
+    def changes(self, job: Job) -> dict[str, Any]:
         """What the arm changes in the study's recipe."""
         if job.arm == "best" or job.arm in PARTS:
-            best = yaml.safe_load(find_recipe("smollm2_135m_best.yaml").read_text(encoding="utf-8"))["collapse"]
-            return overlaid({"collapse": best | {"target_depth": job.depth}}, PARTS.get(job.arm, {}))
+            best = read_recipe("best")["collapse"] | {"target_depth": job.depth}
+            return overlaid({"collapse": best}, PARTS.get(job.arm, {}))
         if job.arm == "optipfair":
-            with RANKING:
-                return {"collapse": {"remove": optipfair(recipe, job.depth, self.work)}}
+            return {"collapse": {"remove": optipfair(job.depth, self.work)}}
         if job.arm == "laco" and job.depth < 16:  # two layers a merge leave 16 at least, unless merged ones merge again
             return {"collapse": {"min_interval": 1}}
         return {}
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """A recipe of SmolLM2-135M."""
+    recipe: dict[str, Any] = yaml.safe_load(find_recipe(f"smollm2_135m_{name}.yaml").read_text(encoding="utf-8"))
+    return recipe
 
 
 def overlaid(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -156,6 +173,7 @@ def overlaid(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def chosen_rate(arm: str) -> float | None:
     """Learning rate of `arm` in the results of `SWEPT`, maybe of another day; None: it was not run."""
+    arm = "best" if arm in RATED_AS_BEST else arm
     for row in kept_rows():
         if (row["strategy"], row["objective"]) == (arm, SWEPT[0]) and row["depth"] in (SWEPT[1], ORIGINAL):
             found: float = row["learning_rate"]
@@ -163,12 +181,18 @@ def chosen_rate(arm: str) -> float | None:
     return None
 
 
-def optipfair(recipe: dict[str, Any], depth: int, work: Path) -> list[int]:
+def optipfair(depth: int, work: Path) -> list[int]:
     """The layers that OptiPFair would remove: those it ranks as least important on the calibration text."""
     kept = work / f"optipfair_{depth}.json"
-    if kept.exists():
-        found: list[int] = json.loads(kept.read_text())
-        return found
+    with RANKING:
+        if not kept.exists():
+            write_whole(kept, json.dumps(ranked_lowest(depth)))
+    found: list[int] = json.loads(kept.read_text())
+    return found
+
+
+def ranked_lowest(depth: int) -> list[int]:
+    """What OptiPFair itself says."""
     import torch
     from optipfair.pruning.depth import analyze_layer_importance
     from torch.utils.data import DataLoader
@@ -176,6 +200,7 @@ def optipfair(recipe: dict[str, Any], depth: int, work: Path) -> list[int]:
     from laco_train.collapse.similarity import read_calibration
     from laco_train.models import load_model, load_tokenizer
 
+    recipe = read_recipe("study")
     source = recipe["model"]["source"]
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype=torch.float32, trust_remote_code=False)
@@ -183,9 +208,7 @@ def optipfair(recipe: dict[str, Any], depth: int, work: Path) -> list[int]:
     samples: Any = [{name: row[name][0] for name in row} for row in rows]
     batches: Any = DataLoader(samples, batch_size=1)
     scores = analyze_layer_importance(model, batches, show_progress=False)
-    removed = sorted(sorted(scores, key=lambda layer: scores[layer])[: len(scores) - depth])
-    write_whole(kept, json.dumps(removed))
-    return removed
+    return sorted(sorted(scores, key=lambda layer: scores[layer])[: len(scores) - depth])
 
 
 def run(quality: Quality, job: Job, gpu: str) -> None:
@@ -216,6 +239,7 @@ def row_of(quality: Quality, job: Job) -> dict[str, Any]:
     return {
         **dict(zip(KEY, job.key, strict=True)),
         "depth": s["depth"],
+        "removed": plan["removed"],  # layers of the original, from 0; none where they were merged
         "learning_rate": config["model"]["optimizer"]["learning_rate"],
         "sweep_share": SWEEP,
         "refine_tokens": fitted["tokens"],
@@ -225,6 +249,19 @@ def row_of(quality: Quality, job: Job) -> dict[str, Any]:
         "original": s["losses"].get("original"),
         "losses": [[point["tokens"], point["loss"]] for point in s["validation"]],
     }
+
+
+def same_as_twin(quality: Quality, job: Job) -> dict[str, Any] | None:
+    """The row of OptiPFair's run, if shortgpt's removed the same layers; its own search is not timed."""
+    twin = of_run(job.twin) if job.arm == "optipfair" else None
+    if twin is None or twin["removed"] != optipfair(job.depth, quality.work):
+        return None
+    return {**twin, "strategy": job.arm, "collapse_seconds": None, "same_as": twin["strategy"]}
+
+
+def of_run(job: Job) -> dict[str, Any] | None:
+    """Its row, if there is one whose learning rate was sought as it is now."""
+    return next((row for row in kept_rows() if tuple(row[name] for name in KEY) == job.key), None)
 
 
 def append(row: dict[str, Any]) -> None:
@@ -255,7 +292,7 @@ def kept_rows() -> list[dict[str, Any]]:
 def jobs_left(
     quality: Quality, arms: tuple[str, ...], depths: tuple[int, ...], objectives: tuple[str, ...]
 ) -> list[Job]:
-    """Runs without a row, in the order to make them: first those that choose a rate, then seed by seed, plain first."""
+    """Runs without a row, in the order to make them: those that choose a rate, 22 layers before others, seed by seed."""
     every = [Job(*of) for of in itertools.product(objectives, depths, arms, quality.seeds)]
     every = [job for job in every if job.arm != "original" and (job.is_swept or job.arm not in PARTS)]
     # it has all its layers whatever the depths
@@ -266,11 +303,15 @@ def jobs_left(
     taught = any(job.objective == "distilled" for job in left)
     if taught and not quality.teacher.exists() and quality.teaching not in left:
         left.append(quality.teaching)
-    rank = {objective: place for place, objective in enumerate(OBJECTIVES)}
-    first = quality.seeds[0]
-    place = quality.seeds.index
     return sorted(
-        left, key=lambda job: (not (job.is_swept and job.seed == first), place(job.seed), rank[job.objective])
+        left,
+        key=lambda job: (
+            not quality.chooses(job),
+            job != quality.teaching,  # others wait for it, and it takes longest
+            job.depth != SWEPT[1],
+            quality.seeds.index(job.seed),
+            OBJECTIVES.index(job.objective),
+        ),
     )
 
 
@@ -322,9 +363,12 @@ def work_off(quality: Quality, waiting: list[Job], gpus: list[str]) -> tuple[lis
             if job is None:
                 return
             try:
-                run(quality, job, gpu)
+                row = same_as_twin(quality, job)
+                if row is None:
+                    run(quality, job, gpu)
+                    row = row_of(quality, job)
                 with changed:
-                    append(row_of(quality, job))
+                    append(row)
                 print(f"{job.name}: done", flush=True)
             except Exception as error:  # the others go on
                 failed.append(job)

@@ -70,20 +70,21 @@ def test_all_runs_and_their_order(results: Path, quality: Quality) -> None:
     left = jobs_left(quality, (*ARMS, *PARTS), (22, 25, 15), OBJECTIVES)
     assert len(left) == len(set(left)) == 2 * (2 * (3 * (len(ARMS) - 1) + 1) + len(PARTS))
     choosing = len(ARMS) + len(PARTS)
-    assert all(job.is_swept and job.seed == 0 for job in left[:choosing])
-    assert [job.seed for job in left[choosing:]] == sorted(job.seed for job in left[choosing:])
+    assert left[0] == quality.teaching and all(map(quality.chooses, left[:choosing]))
+    groups = [(job.depth != 22, job.seed, job.objective) for job in left[choosing:]]
+    assert groups == sorted(groups, key=lambda group: (*group[:2], group[2] != "plain"))
 
 
 @pytest.mark.parametrize(("objective", "depth"), [("plain", 22), ("plain", 15), ("distilled", 25)])
 def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, results: Path, quality: Quality) -> None:
     swept = (objective, depth) == SWEPT
-    if not swept:
-        rows = [row(arm, 30 if arm == "original" else 22) for arm in ARMS]
-        results.write_text(json.dumps({"rows": rows}))
+    known = ("shortgpt", "best") if swept else ARMS  # what optipfair and parts of best wait for
+    rows = [row(arm, 30 if arm == "original" else 22) for arm in known]
+    rows.append(row("shortgpt", depth) | {"objective": objective})
+    results.write_text(json.dumps({"rows": rows}))
     (tmp_path / f"optipfair_{depth}.json").write_text(json.dumps(list(range(30 - depth))))  # else it needs the weights
     quality.teacher.mkdir(parents=True)
-    jobs = [job for job in jobs_left(quality, (*ARMS, *PARTS), (depth,), (objective,)) if job.seed == 0]
-    assert {job.arm for job in jobs} == set(ARMS) | (set(PARTS) if swept else set())
+    jobs = [Job(objective, depth, arm, 0) for arm in (*ARMS, *(PARTS if swept else ()))]
     recipes = {}
     for job in jobs:
         assert quality.is_ready(job)
@@ -92,14 +93,15 @@ def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, resul
             study, arms = checked(config, job.name, parser())
         assert arms == [job.arm]
         (task,) = study.tasks(arms)
-        recipes[job.arm] = recipe = study.recipe(task, None if not swept else 1e-3)
+        sweeps = swept and job.arm not in (*known, "together", "windows", "million")
+        recipes[job.arm] = recipe = study.recipe(task, 1e-3 if sweeps else None)
         collapse = recipe["collapse"]
         left = 30 - len(collapse["remove"]) if collapse["remove"] else collapse["target_depth"] or 30
         assert left == (30 if job.arm == "original" else depth)
         assert recipe["budget"]["max_tokens"] == 10_000_000
         assert recipe["export"]["enabled"] == (job == quality.teaching)
-        assert study.settings.sweeps == swept
-        assert swept or study.rate(job.arm) == (0.002, "arm")
+        assert study.settings.sweeps == sweeps
+        assert sweeps or study.rate(job.arm) == (0.002, "arm")
         assert recipe["model"]["distill"]["logits"] == (0.5 if objective == "distilled" else 0.0)
     refine = {arm: recipe["collapse"]["refine"] for arm, recipe in recipes.items()}
     assert refine["best"]["tokens"] > 0 and refine["best"]["windows"] > 0
@@ -115,6 +117,27 @@ def test_a_part_keeps_what_it_is_with_the_rate_that_was_chosen(results: Path, qu
     own = recipe["study"]["arms"]["lora"]
     assert own["model"] == {"method": "lora", "lora": own["model"]["lora"], "optimizer": {"learning_rate": 0.002}}
     assert own["collapse"]["refine"]["tokens"] > 0 and recipe["study"]["learning_rates"] == []
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_optipfair_is_shortgpt_where_it_removes_the_same_layers(
+    same: bool, results: Path, quality: Quality, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(quality_benchmark, "run", lambda _, job, __: made.append(job.arm))
+    monkeypatch.setattr(
+        quality_benchmark,
+        "row_of",
+        lambda _, job: row(job.arm, job.depth, job.seed) | {"removed": [3, 4], "collapse_seconds": 1.0},
+    )
+    (tmp_path / "optipfair_22.json").write_text("[3, 4]" if same else "[3, 5]")
+    asked = jobs_left(quality, ("optipfair", "shortgpt"), (22,), ("plain",))
+    assert work_off(quality, asked, ["0", "0", "1"]) == ([], [])
+    assert made.count("optipfair") == (0 if same else 2) and made.count("shortgpt") == 2
+    rows = [found for found in all_rows() if found["strategy"] == "optipfair"]
+    assert [(found.get("same_as"), found["collapse_seconds"]) for found in rows] == [
+        ("shortgpt", None) if same else (None, 1.0)
+    ] * 2
 
 
 def test_runs_wait_for_rate_and_teacher(
