@@ -292,7 +292,7 @@ def kept_rows() -> list[dict[str, Any]]:
 def jobs_left(
     quality: Quality, arms: tuple[str, ...], depths: tuple[int, ...], objectives: tuple[str, ...]
 ) -> list[Job]:
-    """Runs without a row, in the order to make them: those that choose a rate, 22 layers before others, seed by seed."""
+    """Runs without a row, in the order to make them: those that choose a rate, 22 layers before others, by seed."""
     every = [Job(*of) for of in itertools.product(objectives, depths, arms, quality.seeds)]
     every = [job for job in every if job.arm != "original" and (job.is_swept or job.arm not in PARTS)]
     # it has all its layers whatever the depths
