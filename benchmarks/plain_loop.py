@@ -15,6 +15,7 @@ from laco_train.settings import OptimizerSettings
 from laco_train.training.optim import parameter_groups
 
 Batch = dict[str, Tensor]
+MIXTURE = 0.5  # share of the divergence where there is a teacher
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,19 @@ class Outcome:
     peak_gib: float
 
 
-def loss_of(model: PreTrainedModel, batch: Batch, autocast: bool) -> Tensor:
-    """Transformers' own loss."""
+def loss_of(model: PreTrainedModel, batch: Batch, autocast: bool, teacher: PreTrainedModel | None = None) -> Tensor:
+    """Transformers' own loss; with a teacher half of it, and half the divergence from it, as torch has that."""
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        return model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], labels=batch["labels"], use_cache=False
-        ).loss
+        out = model(**inputs, labels=batch["labels"], use_cache=False)
+        if teacher is None:
+            return out.loss
+        with torch.no_grad():
+            taught = teacher(**inputs, use_cache=False).logits
+    counted = (batch["labels"][:, 1:] != -100).flatten()
+    student, lesson = (logits[:, :-1].flatten(0, 1).float().log_softmax(-1) for logits in (out.logits, taught))
+    apart = torch.nn.functional.kl_div(student, lesson, reduction="none", log_target=True).sum(-1)
+    return (1 - MIXTURE) * out.loss + MIXTURE * (apart * counted).sum() / counted.sum()
 
 
 def parts(batch: Batch, micro: int, device: torch.device) -> list[Batch]:
@@ -51,6 +59,7 @@ def plain(
     clip: float | None,
     autocast: bool,
     warmup: int,
+    teacher: PreTrainedModel | None = None,
 ) -> Outcome:
     """AdamW (fused where there is a GPU) on the weights as they are; gradients accumulated over micro-batches."""
     device = model.device
@@ -73,7 +82,7 @@ def plain(
         pieces = parts(batch, micro, device)
         total = torch.zeros((), device=device)
         for piece in pieces:
-            loss = loss_of(model, piece, autocast) / len(pieces)
+            loss = loss_of(model, piece, autocast, teacher) / len(pieces)
             loss.backward()
             total += loss.detach()
         if clip is not None:

@@ -23,11 +23,12 @@ from unittest import mock
 import torch
 import yaml
 from common import append_rows
-from plain_loop import Outcome, plain, reference
+from plain_loop import MIXTURE, Outcome, plain, reference
 from random_llama import SHAPES, random_model, train_tokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import laco_train.training.module as module
+import laco_train.training.teacher as teacher
 from laco_train.cli import main
 from laco_train.settings import DataSettings, OptimizerSettings, ScheduleSettings
 from laco_train.training.bf16_adamw import joined, update
@@ -51,6 +52,7 @@ class Case:
             "memory": `fit` alone.
         limit_gib: GPU memory that the process may use; None: all.
         model: overrides of the recipe's model section.
+        teacher_layers: of a model of that shape whose distribution both learn from, at half the loss; 0: none.
     """
 
     shape: str
@@ -67,6 +69,7 @@ class Case:
     log_every: int = 10
     limit_gib: float | None = None
     model: dict[str, Any] = field(default_factory=dict)
+    teacher_layers: int = 0
 
 
 LLAMA_7B = {"num_hidden_layers": 23}
@@ -79,6 +82,20 @@ CASES = {
     "7b_2048_64k": Case("7b", 2048, 4, 8, 2, 9, 3, config=LLAMA_7B, log_every=2),
     "7b_4096_64k": Case("7b", 4096, 2, 8, 1, 9, 3, config=LLAMA_7B, log_every=2),
     "135m_1024_32k": Case("135m", 1024, 32, 1, 32, 120, 40, "bf16-mixed", config=SMOLLM2, learning_rate=1e-3),
+    "135m_distilled": Case(
+        "135m",
+        1024,
+        32,
+        1,
+        8,
+        60,
+        12,
+        "bf16-mixed",
+        config=SMOLLM2,
+        learning_rate=1e-3,
+        model={"distill": {"logits": MIXTURE}},
+        teacher_layers=30,
+    ),
     "7b_losses": Case("7b", 2048, 4, 1, 2, 20, 20, compare="reference", config=LLAMA_7B, log_every=1),
     "7b_lora_24gib": Case(
         "7b",
@@ -137,9 +154,10 @@ def recipe(case: Case, folder: Path, text: str) -> dict[str, Any]:
     }
 
 
-def weights(case: Case, dtype: torch.dtype) -> Any:
-    """The random model of a case, the same at each call."""
-    return random_model(case.shape, DEVICE, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32, **case.config)
+def weights(case: Case, dtype: torch.dtype, *, teaches: bool = False) -> Any:
+    """The random model of a case, or the one that it learns from, the same at each call."""
+    config = case.config | ({"num_hidden_layers": case.teacher_layers} if teaches else {})
+    return random_model(case.shape, DEVICE, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32, **config)
 
 
 def fitted(case: Case, name: str, folder: Path, text: str) -> tuple[dict[str, Any], list[float]]:
@@ -147,6 +165,7 @@ def fitted(case: Case, name: str, folder: Path, text: str) -> tuple[dict[str, An
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe(case, folder, text)), encoding="utf-8")
     module.load_model = lambda source, *, dtype, trust_remote_code: weights(case, dtype)
+    teacher.load_model = lambda source, *, dtype, trust_remote_code: weights(case, dtype, teaches=True)
     with (folder / f"{name}.log").open("w") as log, contextlib.redirect_stdout(log):
         code = main(["fit", "--recipe", str(path)])
     print((folder / f"{name}.log").read_text(), flush=True)
@@ -245,8 +264,9 @@ def compared(
     settings = OptimizerSettings(learning_rate=case.learning_rate)
     schedule = ScheduleSettings(warmup_steps=5, final_ratio=1.0)
     rates = [case.learning_rate * learning_rate_factor(k, case.steps, schedule) for k in range(len(steps))]
+    dtype = torch.bfloat16 if case.precision == "bf16-true" else torch.float32
     other: Outcome = plain(
-        weights(case, torch.bfloat16 if case.precision == "bf16-true" else torch.float32),
+        weights(case, dtype),
         steps[: case.plain_steps],
         rates,
         settings,
@@ -254,6 +274,7 @@ def compared(
         clip=1.0 if case.compare == "speed" else None,
         autocast=case.precision == "bf16-mixed",
         warmup=min(3, case.plain_steps - 1),
+        teacher=weights(case, dtype, teaches=True).eval().requires_grad_(False) if case.teacher_layers else None,
     )
     free()
     rate = matmul_rate(DEVICE, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)

@@ -11,7 +11,7 @@ from laco_train.collapse import decoder_of
 from laco_train.settings import SpeedSettings
 from laco_train.training.attention import set_document_attention
 from laco_train.training.data import PackedText, collate
-from laco_train.training.fused import choose
+from laco_train.training.fused import Kernels, choose
 from laco_train.training.layers import arrange_layers
 
 
@@ -23,8 +23,10 @@ def refining(
     strategy: Strategy,
     data: PackedText,
     context: Callable[[], AbstractContextManager[Any]],
-) -> Iterator[None]:
-    """Attention by documents in both models and compiled layers in `collapsed`, where `speed` and the device allow it.
+) -> Iterator[Kernels]:
+    """Attention by documents in both models and compiled layers in `collapsed`, as far as `speed` and the device allow.
+
+    Gives what was chosen for `collapsed`.
 
     The original's layers stay as they are: their hooks, each another, would have each compiled by itself.
     """
@@ -37,7 +39,7 @@ def refining(
     if kernels.attention:
         set_document_attention(original, True)
     try:
-        yield
+        yield kernels
     finally:
         if kernels.attention:
             set_document_attention(collapsed, False)

@@ -15,7 +15,9 @@ class Place:
     Attributes:
         device: of both models and of the batches.
         context: the precision of the forward passes, as a context manager.
+        fused: whether both heads are plain linear maps, and logits need not be stored.
     """
 
     device: torch.device
     context: Callable[[], AbstractContextManager[Any]]
+    fused: bool = False

@@ -16,7 +16,7 @@ from laco_train.errors import InputError
 from laco_train.settings import SpeedSettings
 from laco_train.training.attention import set_document_attention
 from laco_train.training.bf16_adamw import has_triton
-from laco_train.training.linear_loss import linear_loss
+from laco_train.training.linear_loss import Head, linear_loss
 from laco_train.training.loss import Batch, base_of, causal_lm_loss, model_inputs, next_tokens
 from laco_train.training.parallel import as_forward
 
@@ -59,17 +59,27 @@ PLAIN = Kernels()
 
 def fused_loss(model: nn.Module, batch: Batch) -> Tensor:
     """What `causal_lm_loss` gives, without storing logits; the head must be a plain linear map."""
-    base, inputs = base_of(model), model_inputs(model, batch)
 
     def work() -> Tensor:
-        states = base.base_model(**inputs).last_hidden_state
-        weight = base.get_output_embeddings().weight
-        # autocast's matrix products take this type anyway
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else states.dtype
-        with torch.autocast("cuda", enabled=False):
-            return linear_loss(states.flatten(0, 1).to(dtype), weight, next_tokens(batch).flatten(), compiled=True)
+        head = head_of(model, batch)
+        with without_autocast():
+            return linear_loss(head.hidden, head.weight, next_tokens(batch).flatten(), compiled=True)
 
     return as_forward(model, work)
+
+
+def head_of(model: nn.Module, batch: Batch) -> Head:
+    """What the logits of `batch` are made of, by the layers' own forward pass; see `_plain_head`."""
+    base = base_of(model)
+    states = base.base_model(**model_inputs(model, batch)).last_hidden_state.flatten(0, 1)
+    # autocast's matrix products take this type anyway
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else states.dtype
+    return Head(states.to(dtype), base.get_output_embeddings().weight)
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """For arithmetic on a `Head`, which has its types."""
+    return torch.autocast("cuda", enabled=False)
 
 
 def check_kernels(settings: SpeedSettings, device: torch.device) -> None:
@@ -131,7 +141,8 @@ def _same(model: nn.Module, probe: Batch, expected: Tensor, loss: Loss, *, atten
     try:
         with torch.enable_grad():
             found = loss(model, probe)
-            found.backward()  # a kernel may fit the GPU in one direction only
+            if found.requires_grad:  # not that of a teacher
+                found.backward()  # a kernel may fit the GPU in one direction only
         differs = abs(float(found) - float(expected)) > tolerated(float(expected))
         reason = f"{what} would differ by {abs(float(found) - float(expected)):.3f} nats" if differs else ""
     except torch.OutOfMemoryError:  # says nothing of what the model can do, and ends in advice

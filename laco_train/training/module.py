@@ -25,6 +25,7 @@ from laco_train.training.data import collate
 from laco_train.training.distill import Distillation, distills
 from laco_train.training.fused import PLAIN as PLAIN_KERNELS
 from laco_train.training.fused import Kernels, Loss, choose
+from laco_train.training.fused_distill import DistillStep, hastened
 from laco_train.training.interval import logs_after
 from laco_train.training.last_layers import train_last_layers
 from laco_train.training.layers import arrange_layers
@@ -85,6 +86,7 @@ class CausalLM(LightningModule):
         self.checkpointed = 0
         self.plan: CollapsePlan | None = None
         self._distillation: Distillation | None = None
+        self._distill: DistillStep | None = None
 
     @property
     def lm(self) -> PreTrainedModel | PeftModel:
@@ -150,7 +152,13 @@ class CausalLM(LightningModule):
         trainer: Any = self.trainer
         probe = self._on_device(collate(trainer.datamodule.validation_blocks.select(range(1))))
         context = trainer.precision_plugin.train_step_context
-        self.kernels, self.loss = choose(self.lm, self.speed, trainer.strategy, probe, context)
+
+        def chosen(model: nn.Module) -> tuple[Kernels, Loss]:
+            return choose(model, self.speed, trainer.strategy, probe, context)
+
+        self.kernels, self.loss = chosen(self.lm)
+        if self._distillation is not None:
+            self._distill = hastened(self._distillation, self.kernels, lambda teacher: chosen(teacher)[0])
 
     def _choose_checkpointing(self) -> int:
         """Layers that recompute."""
@@ -193,8 +201,8 @@ class CausalLM(LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of one batch, nats per target token, and what is learned from the teacher."""
-        if self._distillation is not None:
-            return self._distilled(self._distillation, batch)
+        if self._distill is not None:
+            return self._distilled(self._distill, batch)
         loss = self.loss(self.lm, batch)
         self._log_at_interval({"train/loss": loss})
         return loss
@@ -205,12 +213,12 @@ class CausalLM(LightningModule):
             self.log_dict(values)
 
     def _training_loss(self, batch: Batch) -> Tensor:
-        if self._distillation is not None:
-            return self._distillation(self.lm, batch).total
+        if self._distill is not None:
+            return self._distill(self.lm, batch).total
         return self.loss(self.lm, batch)
 
-    def _distilled(self, distillation: Distillation, batch: Batch) -> Tensor:
-        loss = distillation(self.lm, batch)
+    def _distilled(self, step: DistillStep, batch: Batch) -> Tensor:
+        loss = step(self.lm, batch)
         self._log_at_interval(
             {
                 "train/loss": loss.total,

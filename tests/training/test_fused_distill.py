@@ -1,0 +1,148 @@
+"""Distillation without logits gives what the logits give, and is left where it can't."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+from laco_train.settings import DistillSettings, LoraSettings
+from laco_train.training import fused
+from laco_train.training import linear_loss as slices
+from laco_train.training.adapters import attach_lora
+from laco_train.training.distill import Distillation, DistillLoss, Lesson
+from laco_train.training.fused import PLAIN, Kernels
+from laco_train.training.fused_distill import DistillStep, FusedDistillation, hastened
+from laco_train.training.linear_loss import Head, linear_distillation
+from laco_train.training.loss import Batch, causal_lm_loss
+from laco_train.training.teacher import TeacherOnDevice
+
+Models = Callable[..., LlamaForCausalLM]
+FAST = Kernels(attention=False, loss=True, compiled=True)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Two blocks of 16: two documents in one, labels of a chat in the other."""
+    ids = torch.randint(4, 300, (2, 16), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    labels[0, 9] = labels[1, :6] = labels[1, 12:] = -100
+    positions = torch.stack([torch.cat([torch.arange(9), torch.arange(7)]), torch.arange(16)])
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+@pytest.fixture
+def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five tokens of the tiny vocabulary at once, so that slices end inside blocks and the last is shorter."""
+    monkeypatch.setattr(slices, "ELEMENTS_AT_ONCE", 5 * 320 + 7)
+
+
+def learned(step: DistillStep, student: nn.Module, batch: Batch) -> tuple[DistillLoss, dict[str, Tensor]]:
+    """What a step gives, and the gradients."""
+    loss = step(student, batch)
+    loss.total.backward()
+    gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    return loss, gradients
+
+
+@pytest.mark.usefixtures("sliced")
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(("mixture", "temperature"), [(0.5, 1.0), (1.0, 1.0), (0.3, 2.5), (0.0, 1.0)])
+def test_it_is_distillation_on_logits(
+    tiny_llama: Models, batch: Batch, mixture: float, temperature: float, adapted: bool
+) -> None:
+    settings = DistillSettings(logits=mixture, temperature=temperature)
+    teacher = tiny_llama(layers=4).requires_grad_(False)
+    base = tiny_llama(layers=2, seed=1)
+    student: Any = attach_lora(base, LoraSettings(rank=2)) if adapted else base
+    expected, slopes = learned(Distillation(settings, TeacherOnDevice(teacher, (), logits=True)), student, batch)
+    found, ours = learned(FusedDistillation(settings, teacher, compiled=False), student, batch)
+    for name in ("total", "next_token", "logits", "hidden"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+    assert not found.next_token.requires_grad and float(found.logits) > 0.01
+    assert ours.keys() == slopes.keys() and len(ours) > 0
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, slopes[name], rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_heads_of_other_widths_and_large_logits(compiled: bool) -> None:
+    """Against float64 and torch's own functions; the compiled arithmetic is the same."""
+    values = torch.Generator().manual_seed(0)
+    student = Head(*(5 * torch.randn(n, 16, generator=values) for n in (23, 50)))
+    teacher = Head(*(5 * torch.randn(n, 24, generator=values) for n in (23, 50)))
+    labels = torch.randint(50, (23,), generator=values)
+    labels[::4] = -100
+    student.hidden.requires_grad_()
+    student.weight.requires_grad_()
+    total, parts = linear_distillation(student, teacher, labels, mixture=0.25, temperature=2.0, compiled=compiled)
+    found = torch.autograd.grad(3 * total, (student.hidden, student.weight))
+    h, w = (x.detach().double().requires_grad_() for x in (student.hidden, student.weight))
+    logits, taught = h @ w.t(), teacher.hidden.double() @ teacher.weight.double().t()
+    counted = labels != -100
+    entropy = nn.functional.cross_entropy(logits, labels)
+    apart = 4.0 * nn.functional.kl_div(
+        (logits[counted] / 2).log_softmax(-1), (taught[counted] / 2).log_softmax(-1), log_target=True,
+        reduction="batchmean",
+    )  # fmt: skip
+    loss = 0.75 * entropy + 0.25 * apart
+    assert float(total.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert parts.tolist() == pytest.approx([float(entropy.detach()), float(apart.detach())], rel=1e-5)
+    for ours, theirs in zip(found, torch.autograd.grad(3 * loss, (h, w)), strict=True):
+        assert (ours.double() - theirs).abs().max() <= 1e-5 * float(theirs.abs().max())
+
+
+def distillation(model: nn.Module, layers: tuple[int, ...] = (), **settings: float) -> Distillation:
+    teacher = TeacherOnDevice(model.requires_grad_(False), layers, logits=True)  # type: ignore[arg-type]
+    return Distillation(DistillSettings(**{"logits": 0.5, **settings}), teacher)  # type: ignore[arg-type]
+
+
+def compiled(model: LlamaForCausalLM) -> bool:
+    return all(layer._compiled_call_impl is not None for layer in model.model.layers)
+
+
+def test_hastened(tiny_llama: Models) -> None:
+    model = tiny_llama(layers=2)
+    tried: list[nn.Module] = []
+
+    def choose(teacher: nn.Module) -> Kernels:
+        tried.append(teacher)
+        return FAST
+
+    step = hastened(distillation(model), FAST, choose)
+    assert isinstance(step, FusedDistillation) and step.teacher is model and step.settings.logits == 0.5
+    assert tried == [model] and compiled(model)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(FAST, PLAIN), (PLAIN, FAST), (PLAIN, PLAIN)])
+def test_both_heads_must_be_plain(tiny_llama: Models, student: Kernels, teacher: Kernels) -> None:
+    slow = distillation(tiny_llama(layers=2))
+    assert hastened(slow, student, lambda _: teacher) is slow
+    assert compiled(slow.teacher.model) == teacher.compiled  # type: ignore[attr-defined]
+
+
+def test_hidden_states_keep_the_layers_as_they_are(tiny_llama: Models) -> None:
+    slow = distillation(tiny_llama(layers=2), (0, 1), hidden=1.0)
+    assert hastened(slow, FAST, lambda _: FAST) is slow
+    assert not compiled(slow.teacher.model)  # type: ignore[attr-defined]
+
+
+def test_words_on_disk_stay_there() -> None:
+    slow = Distillation(DistillSettings(logits=0.5), lambda batch: Lesson(None))
+    assert hastened(slow, FAST, lambda _: pytest.fail("there is no model")) is slow
+
+
+def test_layers_that_can_not_be_told_are_left_alone() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2))
+    model.config.num_hidden_layers = 3  # what the program finds wrong about a stack
+    assert isinstance(hastened(distillation(model), FAST, lambda _: FAST), FusedDistillation)
+
+
+def test_a_teacher_is_tried_though_nothing_of_it_trains(tiny_llama: Models, batch: Batch) -> None:
+    model = tiny_llama(layers=2).requires_grad_(False)
+    expected = causal_lm_loss(model, batch)
+    assert fused._same(model, batch, expected, causal_lm_loss, attention=False, reasons=[])
