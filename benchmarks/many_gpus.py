@@ -12,6 +12,11 @@ Cases:
     7b_four: the same on 4 GPUs, without these.
     13b: the Llama-2-13B shape, from 40 layers to 35, under FSDP2 on all GPUs.
     135m: SmolLM2-135M under DDP, each GPU with the batches that one has alone.
+    135m_fsdp2: its real weights under FSDP2 on 2 GPUs beside one GPU that takes the same steps, in float32 and in
+        bfloat16.
+
+`one_gpu_apart_by_seed` is what the same run on one GPU differs by from itself with other random numbers, which round
+small updates of bfloat16 weights: the largest distance between two of its seeds.
 """
 
 import argparse
@@ -166,25 +171,37 @@ def sharded_7b(place: Place, gpus: tuple[int, ...], *options: str) -> Job:
 
 def alone_7b(place: Place, gpu: int, batches: int, seed: int = 0) -> Job:
     """On one GPU, `batches` a step."""
-    taken = [f"--trainer.accumulate_grad_batches={batches}", f"--trainer.val_check_interval={VALIDATED * batches}"]
-    taken += [f"--seed_everything={seed}", "--trainer.enable_checkpointing=false"]
     name = f"7b_one_gpu_{batches}" + (f"_seed{seed}" if seed else "")
-    return place.fit(name, "llama2_7b_collapse.yaml", (gpu,), *taken, *options_7b(place))
+    return place.fit(name, "llama2_7b_collapse.yaml", (gpu,), *accumulating(batches, seed), *options_7b(place))
+
+
+def accumulating(batches: int, seed: int) -> list[str]:
+    """Arguments of a run on one GPU that takes the steps of several."""
+    taken = [f"--trainer.accumulate_grad_batches={batches}", f"--trainer.val_check_interval={VALIDATED * batches}"]
+    return [*taken, f"--seed_everything={seed}", "--trainer.enable_checkpointing=false"]
+
+
+def noise(place: Place, *names: str) -> dict[str, Any]:
+    """What runs of one GPU differ by, and their curves."""
+    curves = [[[point["step"], point["loss"]] for point in place.summary(name)["validation"]] for name in names]
+    pairs = itertools.combinations(curves, 2)
+    return {"one_gpu_apart_by_seed": max(apart(*pair) for pair in pairs), "one_gpu_by_seed": curves}
 
 
 def case_7b(place: Place) -> None:
     """FSDP2 on two GPUs beside one."""
     two = sharded_7b(place, (0, 1), *HALVES)
     if torch.cuda.device_count() >= 4:
-        place.run(two, alone_7b(place, 2, 2), alone_7b(place, 3, 2, seed=1))
+        alone = [alone_7b(place, 2 + seed % 2, 2, seed) for seed in range(4)]
+        place.run(two, *alone[:2])
+        place.run(resumed_job(place, two), export_job(place, two), *alone[2:])
     else:
-        for job in (two, alone_7b(place, 0, 2), alone_7b(place, 0, 2, seed=1)):
+        alone = [alone_7b(place, 0, 2, seed) for seed in range(2)]
+        for job in (two, *alone):
             place.run(job)
-    # the same data with other random numbers: small updates of bfloat16 weights are rounded stochastically
-    one, other = (place.summary(f"7b_one_gpu_2{end}")["validation"] for end in ("", "_seed1"))
-    noise = {"one_gpu_apart_by_seed": apart(*([[p["step"], p["loss"]] for p in run] for run in (one, other)))}
-    place.run(resumed_job(place, two), export_job(place, two))
-    append_rows("many_gpus", [beside(place, two.name, "7b_one_gpu_2", 2, "FSDP2") | noise | resumed(place, two)])
+        place.run(resumed_job(place, two), export_job(place, two))
+    row = beside(place, two.name, alone[0].name, 2, "FSDP2") | noise(place, *(job.name for job in alone))
+    append_rows("many_gpus", [row | resumed(place, two)])
 
 
 def case_7b_four(place: Place) -> None:
@@ -269,11 +286,38 @@ def case_135m(place: Place) -> None:
         append_rows("many_gpus", [{k: v for k, v in row.items() if k != "loss_apart"}])
 
 
+def case_135m_fsdp2(place: Place) -> None:
+    """Real weights: what sharding does to losses."""
+    for precision in ("32-true", "bf16-true"):
+        common = ["--model.source", WEIGHTS, "--data.batch_size=8", f"--trainer.max_steps={STEPS}"]
+        common += [f"--trainer.precision={precision}", "--model.schedule.warmup_steps=5", "--export.enabled=false"]
+        name, recipe = f"135m_fsdp2_{precision}", "smollm2_135m_collapse.yaml"
+        taken = ["--trainer.accumulate_grad_batches=1", f"--trainer.val_check_interval={VALIDATED}"]
+        taken += ["--trainer.enable_checkpointing=false", *common]
+        two = place.fit(name, recipe, (0, 1), *taken, strategy=FSDP2)
+        spare = torch.cuda.device_count() >= 4
+        alone = [
+            place.fit(
+                f"135m_one_gpu_{precision}_seed{seed}",
+                recipe,
+                (2 + seed if spare else 0,),
+                *accumulating(2, seed),
+                *common,
+            )
+            for seed in range(2)
+        ]
+        for jobs in [(two, *alone)] if spare else [(two,), *((job,) for job in alone)]:
+            place.run(*jobs)
+        row = beside(place, name, alone[0].name, 2, "FSDP2") | noise(place, *(job.name for job in alone))
+        append_rows("many_gpus", [row])
+
+
 CASES: dict[str, tuple[int, Callable[[Place], None]]] = {
     "135m": (2, case_135m),
     "7b": (2, case_7b),
     "7b_four": (4, case_7b_four),
     "13b": (2, case_13b),
+    "135m_fsdp2": (2, case_135m_fsdp2),
 }
 """Each with the GPUs that it needs."""
 

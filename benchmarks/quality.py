@@ -242,6 +242,7 @@ def row_of(quality: Quality, job: Job) -> dict[str, Any]:
         "removed": plan["removed"],  # layers of the original, from 0; none where they were merged
         "learning_rate": config["model"]["optimizer"]["learning_rate"],
         "sweep_share": SWEEP,
+        "sweep": swept(quality, job),
         "refine_tokens": fitted["tokens"],
         "refine_seconds": fitted["seconds"],
         "collapse_seconds": None if job.arm == "optipfair" else s["search_seconds"] + refined,  # its own is not timed
@@ -249,6 +250,16 @@ def row_of(quality: Quality, job: Job) -> dict[str, Any]:
         "original": s["losses"].get("original"),
         "losses": [[point["tokens"], point["loss"]] for point in s["validation"]],
     }
+
+
+def swept(quality: Quality, job: Job) -> list[list[float]]:
+    """Learning rates that the run chose from, each with the last loss on documents that are not reported."""
+    rates = []
+    for run in (quality.work / "lightning_logs" / f"{job.name}-sweep").glob(f"{job.arm}-*/version_0"):
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        rates.append([config["model"]["optimizer"]["learning_rate"], found["validation"][-1]["loss"]])
+    return sorted(rates)
 
 
 def same_as_twin(quality: Quality, job: Job) -> dict[str, Any] | None:

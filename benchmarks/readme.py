@@ -127,12 +127,14 @@ def quality_table() -> str:
         studied = (row["objective"], 22 if row["strategy"] == "original" else row["depth"])
         by_study.setdefault(studied, {}).setdefault(row["strategy"], []).append(row)
     lines = []
+    original = next(row["flops_per_token"] for row in rows if row["strategy"] == "original")
     for (objective, depth), arms in sorted(by_study.items(), key=lambda each: (each[0][0] != "plain", -each[0][1])):
         lines += [
             f"{depth} layers, {'next-token loss' if objective == 'plain' else 'distillation'}:",
             "",
-            "| strategy | rate | tokens of refinement | seconds of collapse | start | 1M tokens | 10M | spread |",
-            "|---|---|---|---|---|---|---|---|",
+            "| strategy | rate | tokens of refinement | seconds of collapse | start | 1M tokens | 10M | spread "
+            "| 10^15 operations |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for arm, found in sorted(arms.items(), key=lambda each: mean_loss(each[1], -1)):
             last = [row["losses"][-1][1] for row in found]
@@ -141,9 +143,16 @@ def quality_table() -> str:
             cells = [arm, f"{found[0]['learning_rate']:g}", f"{found[0]['refine_tokens']:,}", seconds]
             losses = [f"{mean_loss(found, place):.3f}" for place in (0, 1, -1)]
             spread = f"{max(last) - min(last):.3f}" if len(found) > 1 else "one seed"
-            lines.append(f"| {' | '.join([*cells, *losses, spread])} |")
+            lines.append(f"| {' | '.join([*cells, *losses, spread, f'{operations(found[0], original):.2f}'])} |")
         lines.append("")
     return "\n".join([*lines, *place_lines(rows, "quality")])
+
+
+def operations(row: dict[str, Any], original: float) -> float:
+    """10^15 of them for all tokens of a run, a teacher's forward passes (a third of training the original) included."""
+    tokens, refined = row["losses"][-1][0], row["refine_tokens"] if row["strategy"] != "streamline" else 0
+    taught = tokens if row["objective"] == "distilled" else refined
+    return float(tokens * row["flops_per_token"] + taught * original / 3) / 1e15
 
 
 def mean_loss(rows: list[dict[str, Any]], place: int) -> float:
