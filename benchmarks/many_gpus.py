@@ -296,12 +296,12 @@ def case_135m_fsdp2(place: Place) -> None:
                 *accumulating(2, seed),
                 *common,
             )
-            for seed in range(2)
+            for seed in range(1 if precision == "32-true" else 2)  # float32 is not rounded by random numbers
         ]
         for jobs in [(two, *alone)] if spare else [(two,), *((job,) for job in alone)]:
             place.run(*jobs)
-        row = beside(place, name, alone[0].name, 2, "FSDP2") | noise(place, *(job.name for job in alone))
-        append_rows("many_gpus", [row])
+        row = beside(place, name, alone[0].name, 2, "FSDP2")
+        append_rows("many_gpus", [row | (noise(place, *(job.name for job in alone)) if alone[1:] else {})])
 
 
 CASES: dict[str, tuple[int, Callable[[Place], None]]] = {

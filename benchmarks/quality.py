@@ -40,7 +40,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "last_layers": {"model": {"method": "last_layers", "last_layers": 6}},
 }
 """What of `best` is otherwise: its windows or its divergence left out, three times as many tokens, less trained."""
-RATED_AS_BEST = tuple(part for part in PARTS if set(PARTS[part]) == {"collapse"})
+RATED_AS_BEST = ("together", "windows", "million")  # parts that are not swept
 ORIGINAL = 30  # its layers
 DEPTHS, OBJECTIVES = (22, 25, 15), ("plain", "distilled")
 RATES = [1.0e-3, 2.0e-3, 3.0e-3]
@@ -242,7 +242,7 @@ def row_of(quality: Quality, job: Job) -> dict[str, Any]:
         "removed": plan["removed"],  # layers of the original, from 0; none where they were merged
         "learning_rate": config["model"]["optimizer"]["learning_rate"],
         "sweep_share": SWEEP,
-        "sweep": swept(quality, job),
+        "sweep": tried_rates(quality, job),
         "refine_tokens": fitted["tokens"],
         "refine_seconds": fitted["seconds"],
         "collapse_seconds": None if job.arm == "optipfair" else s["search_seconds"] + refined,  # its own is not timed
@@ -252,12 +252,12 @@ def row_of(quality: Quality, job: Job) -> dict[str, Any]:
     }
 
 
-def swept(quality: Quality, job: Job) -> list[list[float]]:
+def tried_rates(quality: Quality, job: Job) -> list[list[float]]:
     """Learning rates that the run chose from, each with the last loss on documents that are not reported."""
     rates = []
-    for run in (quality.work / "lightning_logs" / f"{job.name}-sweep").glob(f"{job.arm}-*/version_0"):
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    for summary in (quality.work / "lightning_logs" / f"{job.name}-sweep").glob(f"{job.arm}-*/version_0/summary.json"):
+        config = yaml.safe_load(summary.with_name("config.yaml").read_text(encoding="utf-8"))
+        found = json.loads(summary.read_text(encoding="utf-8"))
         rates.append([config["model"]["optimizer"]["learning_rate"], found["validation"][-1]["loss"]])
     return sorted(rates)
 
@@ -267,17 +267,19 @@ def same_as_twin(quality: Quality, job: Job) -> dict[str, Any] | None:
     twin = of_run(job.twin) if job.arm == "optipfair" else None
     if twin is None or twin["removed"] != optipfair(job.depth, quality.work):
         return None
+    if chosen_rate(job.arm) not in (None, twin["learning_rate"]):  # they differ at the depth that chose
+        return None
     return {**twin, "strategy": job.arm, "collapse_seconds": None, "same_as": twin["strategy"]}
 
 
 def of_run(job: Job) -> dict[str, Any] | None:
-    """Its row, if there is one whose learning rate was sought as it is now."""
+    """Its row among `kept_rows`, on whatever machine."""
     return next((row for row in kept_rows() if tuple(row[name] for name in KEY) == job.key), None)
 
 
 def append(row: dict[str, Any]) -> None:
-    """Add `row` to quality.json, with a header, in place of an earlier one of the same run."""
-    now = {**row, **header()}
+    """Add `row` to quality.json, with a header unless it is of another run, in place of an earlier one of its key."""
+    now = {**header(), **row}
     found = {**header(), "rows": [*(kept for kept in all_rows() if key_of(kept) != key_of(now)), now]}
     write_whole(RESULTS_FILE, json.dumps(found, indent=1) + "\n")  # others read it meanwhile
 
@@ -311,6 +313,8 @@ def jobs_left(
     every += [Job(objective, SWEPT[1], "original", seed) for objective, seed in originals]
     there, machine = set(map(key_of, kept_rows())), header()["machine"]
     left = [job for job in every if (*job.key, machine if job.arm == "original" else None) not in there]
+    twins = {job.twin for job in left if job.arm == "optipfair"}
+    left += [job for job in twins if job not in left and of_run(job) is None]
     taught = any(job.objective == "distilled" for job in left)
     if taught and not quality.teacher.exists() and quality.teaching not in left:
         left.append(quality.teaching)
@@ -344,7 +348,7 @@ def main() -> None:
     jobs = jobs_left(quality, *asked, tuple(options.objectives.split(",")))
     failed, left = work_off(quality, jobs, options.gpus.split(","))
     if left:
-        print("not run, as learning rate or teacher is missing: " + ", ".join(job.name for job in left))
+        print("not run, as learning rate, teacher or twin is missing: " + ", ".join(job.name for job in left))
     sys.exit(1 if failed or left else 0)
 
 

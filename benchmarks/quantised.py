@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error("--seeds: a spread needs two at least")
     tokenizer = load_tokenizer(SOURCE)
     tasks = load_tasks(options.tasks.split(","), chosen_suite(options.suite))
     found: dict[str, list[float]] = {row.name: [] for row in tasks}

@@ -149,7 +149,11 @@ def quality_table() -> str:
 
 
 def operations(row: dict[str, Any], original: float) -> float:
-    """10^15 of them for all tokens of a run, a teacher's forward passes (a third of training the original) included."""
+    """10^15 of them for a run's tokens and a teacher's forward passes, a third of what training the original takes.
+
+    Refinement counts as training does, which is too much for windows and too little before lora and last_layers; the
+    tokens of streamline's fit, another text's, are left out.
+    """
     tokens, refined = row["losses"][-1][0], row["refine_tokens"] if row["strategy"] != "streamline" else 0
     taught = tokens if row["objective"] == "distilled" else refined
     return float(tokens * row["flops_per_token"] + taught * original / 3) / 1e15

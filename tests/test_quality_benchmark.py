@@ -28,6 +28,8 @@ from quality import (  # noqa: E402
     all_rows,
     append,
     jobs_left,
+    same_as_twin,
+    tried_rates,
     work_off,
 )
 
@@ -138,6 +140,37 @@ def test_optipfair_is_shortgpt_where_it_removes_the_same_layers(
     assert [(found.get("same_as"), found["collapse_seconds"]) for found in rows] == [
         ("shortgpt", None) if same else (None, 1.0)
     ] * 2
+    assert {found["machine"] for found in all_rows()} == {"a card"}  # where the run was made, wherever it is copied
+
+
+def test_optipfair_brings_its_twin(results: Path, quality: Quality) -> None:
+    left = jobs_left(quality, ("optipfair",), (22,), ("plain",))
+    assert {(job.arm, job.seed) for job in left} == {
+        (arm, seed) for arm in ("optipfair", "shortgpt") for seed in (0, 1)
+    }
+    results.write_text(json.dumps({"rows": [row("shortgpt", 22, 0), row("shortgpt", 22, 1)]}))
+    assert {job.arm for job in jobs_left(quality, ("optipfair",), (22,), ("plain",))} == {"optipfair"}
+
+
+def test_optipfair_of_another_rate_is_run_itself(results: Path, quality: Quality, tmp_path: Path) -> None:
+    (tmp_path / "optipfair_25.json").write_text("[3, 4]")
+    twin = row("shortgpt", 25) | {"removed": [3, 4]}
+    job = Job("plain", 25, "optipfair", 0)
+    for rate, same in ((0.002, True), (0.001, False)):
+        results.write_text(json.dumps({"rows": [twin, row("optipfair", 22) | {"learning_rate": rate}]}))
+        assert (same_as_twin(quality, job) is not None) == same
+
+
+def test_rates_that_were_tried(quality: Quality) -> None:
+    """One that diverged has no summary, and the study goes on without it."""
+    job = Job(*SWEPT, "sleb", 0)
+    for rate, loss in ((0.002, 2.5), (0.001, 2.75), (0.003, None)):
+        folder = quality.work / "lightning_logs" / f"{job.name}-sweep" / f"sleb-{rate}" / "version_0"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"optimizer": {"learning_rate": rate}}}))
+        if loss is not None:
+            (folder / "summary.json").write_text(json.dumps({"validation": [{"loss": 9.0}, {"loss": loss}]}))
+    assert tried_rates(quality, job) == [[0.001, 2.75], [0.002, 2.5]]
 
 
 def test_runs_wait_for_rate_and_teacher(

@@ -166,9 +166,9 @@ class LayerCollapse(Callback):
         print(f"Refining: {r.tokens:,} tokens{alone}", flush=True)
         for model in (original, collapsed):
             model.to(device)  # type: ignore[arg-type]  # Transformers wraps to() for bitsandbytes
-        with refining(collapsed, original, pl_module.speed, trainer.strategy, data, context) as kernels:
+        with refining(collapsed, original, pl_module.speed, trainer.strategy, data, context) as trial:
             batches = data.leading(r.tokens // data.settings.block_size, r.batch_size)
-            plan = refine(original, collapsed, plan, batches, r, Place(device, context, kernels.loss))
+            plan = refine(original, collapsed, plan, batches, r, Place(device, context, trial))
         assert plan.refined is not None
         print(f"Refined in {plan.refined.seconds:.1f} s", flush=True)
         return plan

@@ -11,7 +11,8 @@ from laco_train.collapse import decoder_of
 from laco_train.settings import SpeedSettings
 from laco_train.training.attention import set_document_attention
 from laco_train.training.data import PackedText, collate
-from laco_train.training.fused import Kernels, choose
+from laco_train.training.fused import choose
+from laco_train.training.fused_distill import Trial
 from laco_train.training.layers import arrange_layers
 
 
@@ -23,10 +24,10 @@ def refining(
     strategy: Strategy,
     data: PackedText,
     context: Callable[[], AbstractContextManager[Any]],
-) -> Iterator[Kernels]:
+) -> Iterator[Trial | None]:
     """Attention by documents in both models and compiled layers in `collapsed`, as far as `speed` and the device allow.
 
-    Gives what was chosen for `collapsed`.
+    Gives what the divergence without logits can be tried with, where both heads are plain.
 
     The original's layers stay as they are: their hooks, each another, would have each compiled by itself.
     """
@@ -39,7 +40,7 @@ def refining(
     if kernels.attention:
         set_document_attention(original, True)
     try:
-        yield kernels
+        yield Trial(collapsed, kernels, probe, context) if kernels.loss else None
     finally:
         if kernels.attention:
             set_document_attention(collapsed, False)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from laco_train.training.fused_distill import Trial
+
 
 @dataclass(frozen=True)
 class Place:
@@ -15,9 +17,9 @@ class Place:
     Attributes:
         device: of both models and of the batches.
         context: the precision of the forward passes, as a context manager.
-        fused: whether both heads are plain linear maps, and logits need not be stored.
+        trial: with which the divergence without logits is tried; None: logits are stored.
     """
 
     device: torch.device
     context: Callable[[], AbstractContextManager[Any]]
-    fused: bool = False
+    trial: Trial | None = None

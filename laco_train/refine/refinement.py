@@ -18,7 +18,7 @@ from laco_train.refine.place import Place
 from laco_train.refine.windows import windows_of
 from laco_train.settings import DistillSettings, OptimizerSettings, RefineSettings, ScheduleSettings
 from laco_train.training.distill import Distillation
-from laco_train.training.fused_distill import DistillStep, FusedDistillation
+from laco_train.training.fused_distill import DistillStep
 from laco_train.training.loss import Batch
 from laco_train.training.optim import adamw, warmup_cosine
 from laco_train.training.skipping import SkippedSteps, guard_step
@@ -67,15 +67,15 @@ def refine(
         done = solve_windows(original, collapsed, windows, itertools.islice(supply, alone), place, deadline)
         if not done:
             print("No layer that stands for others ends in a sum: none is solved alone.", flush=True)
-    learned = DistillSettings(logits=1.0)
-    teacher: DistillStep = Distillation(learned, TeacherOnDevice(original, (), logits=True))
-    if place.fused:
-        teacher = FusedDistillation(learned, original)
     collapsed.train()
+    step: DistillStep
+    step = slow = Distillation(DistillSettings(logits=1.0), TeacherOnDevice(original, (), logits=True))
+    if place.trial is not None:
+        step, _ = place.trial.without_logits(slow, original)
     late = deadline is not None and time.perf_counter() > deadline
     left = 0 if done and late else steps - done
     rest, rate = itertools.islice(supply, left), settings.learning_rate
-    done += _descend(collapsed, lambda batch: teacher(collapsed, batch).total, rest, left, rate, place, deadline)
+    done += _descend(collapsed, lambda batch: step(collapsed, batch).total, rest, left, rate, place, deadline)
     collapsed.eval()
     if place.device.type == "cuda":
         torch.cuda.synchronize(place.device)

@@ -98,7 +98,7 @@ def choose(
     """Switch the attention of `model` if that can be done, and say what else can.
 
     Args:
-        model: collapsed, with its adapters, on its device, in training mode.
+        model: collapsed, with its adapters, in training mode; or a frozen teacher in eval mode; on its device.
         probe: a block or two, on that device.
         context: the precision under which the model trains.
 
@@ -111,11 +111,13 @@ def choose(
     reasons: list[str] = []
     with torch.no_grad(), context():
         expected = causal_lm_loss(model, probe)
-        attention = _half_precision(model, reasons) and _same(
+        attention = _half_precision(model, reasons) and same_loss(
             model, probe, expected, causal_lm_loss, attention=True, reasons=reasons
         )
-        loss = _plain_head(model, probe, reasons) and _same(
-            model, probe, expected, fused_loss, attention=attention, reasons=reasons
+        loss = (
+            _wide_enough(model, reasons)
+            and _plain_head(model, probe, reasons)
+            and same_loss(model, probe, expected, fused_loss, attention=attention, reasons=reasons)
         )
     return Kernels(attention, loss, True, tuple(reasons)), fused_loss if loss else causal_lm_loss
 
@@ -134,14 +136,28 @@ def _half_precision(model: nn.Module, reasons: list[str]) -> bool:
     return False
 
 
-def _same(model: nn.Module, probe: Batch, expected: Tensor, loss: Loss, *, attention: bool, reasons: list[str]) -> bool:
-    """Whether `loss` gives what is expected, and gradients; the attention is left switched on only then."""
+def _wide_enough(model: nn.Module, reasons: list[str]) -> bool:
+    narrow = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else next(model.parameters()).dtype
+    if narrow != torch.float16:
+        return True
+    reasons.append("loss: gradients by logits, divided by the number of tokens, are too small for float16")
+    return False
+
+
+def same_loss(
+    model: nn.Module, probe: Batch, expected: Tensor, loss: Loss, *, attention: bool, reasons: list[str]
+) -> bool:
+    """Whether `loss` gives what is expected, and gradients; the attention is left switched on only then.
+
+    Args:
+        reasons: why not is added to these.
+    """
     what = "attention" if loss is causal_lm_loss else "loss"
     set_document_attention(model, attention)
     try:
         with torch.enable_grad():
             found = loss(model, probe)
-            if found.requires_grad:  # not that of a teacher
+            if any(p.requires_grad for p in model.parameters()):  # not those of a teacher
                 found.backward()  # a kernel may fit the GPU in one direction only
         differs = abs(float(found) - float(expected)) > tolerated(float(expected))
         reason = f"{what} would differ by {abs(float(found) - float(expected)):.3f} nats" if differs else ""

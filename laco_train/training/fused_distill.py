@@ -1,7 +1,8 @@
 """Distillation by the fast kernels: logits of a whole batch, the student's or the teacher's, never exist."""
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from laco_train.errors import InputError
 from laco_train.settings import DistillSettings
 from laco_train.training.distill import Distillation, DistillLoss
-from laco_train.training.fused import Kernels, head_of, without_autocast
+from laco_train.training.fused import Kernels, head_of, same_loss, without_autocast
 from laco_train.training.layers import arrange_layers
 from laco_train.training.linear_loss import linear_distillation
 from laco_train.training.loss import Batch, next_tokens
@@ -26,7 +27,7 @@ class FusedDistillation:
 
     Args:
         settings: the recipe's section.
-        teacher: frozen, in eval mode, on the student's device.
+        teacher: in eval mode, on the student's device; it gets no gradient.
         compiled: fuse the arithmetic on logits by torch.compile.
     """
 
@@ -52,23 +53,58 @@ class FusedDistillation:
         return DistillLoss(total, parts[0], parts[1], torch.zeros_like(parts[0]))
 
 
-def hastened(distillation: Distillation, kernels: Kernels, choose: Callable[[nn.Module], Kernels]) -> DistillStep:
-    """The fastest way to `distillation`: the teacher by the kernels that it can do with, logits never stored.
+@dataclass(frozen=True)
+class Trial:
+    """What a way to the loss is tried on.
+
+    Attributes:
+        student: on its device, in training mode, its attention switched as `kernels` say.
+        kernels: of the student.
+        probe: a block or two, on that device.
+        context: the precision under which the student trains.
+    """
+
+    student: nn.Module
+    kernels: Kernels
+    probe: Batch
+    context: Callable[[], AbstractContextManager[Any]]
+
+    def without_logits(self, distillation: Distillation, teacher: nn.Module) -> tuple[DistillStep, tuple[str, ...]]:
+        """`distillation` without logits if it then gives the same, and else why not; both heads are plain."""
+        fused, reasons = FusedDistillation(distillation.settings, teacher), list[str]()
+        with torch.no_grad(), self.context():
+            expected = distillation(self.student, self.probe).total
+            same = same_loss(
+                self.student,
+                self.probe,
+                expected,
+                lambda student, batch: fused(student, batch).total,
+                attention=self.kernels.attention,
+                reasons=reasons,
+            )
+        return fused if same else distillation, tuple(f"distillation: {reason}" for reason in reasons)
+
+
+def hastened(
+    distillation: Distillation, trial: Trial, choose: Callable[[nn.Module], Kernels]
+) -> tuple[DistillStep, tuple[str, ...]]:
+    """The fastest way to `distillation`, and why it is not faster: the teacher by its kernels, logits never stored.
 
     A teacher whose words are on disk is left alone; one whose hidden states are wanted keeps its layers as they are, as
     Transformers' hooks on them, each another, would have each compiled by itself.
 
     Args:
-        kernels: of the student.
         choose: tries a model's kernels and switches its attention.
     """
     teacher: Any = distillation.teacher
     if not isinstance(teacher, TeacherOnDevice):
-        return distillation
+        return distillation, ("distillation: with logits, as its teacher's words are on disk",)
     own = choose(teacher.model)
     if teacher.layers:
-        return distillation
+        return distillation, ("distillation: with logits, as hidden states are learned too",)
     if own.compiled:
         with suppress(InputError):  # a family whose layers can't be told
             arrange_layers(teacher.model, compiled=True, recompute=0)
-    return FusedDistillation(distillation.settings, teacher.model) if kernels.loss and own.loss else distillation
+    if trial.kernels.loss and own.loss:
+        return trial.without_logits(distillation, teacher.model)
+    return distillation, tuple(f"teacher: {reason}" for reason in own.reasons)

@@ -1,6 +1,7 @@
 """The LightningModule: loads a model, trains it by next-token loss, keeps in a checkpoint what can't be made again."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from laco_train.training.data import collate
 from laco_train.training.distill import Distillation, distills
 from laco_train.training.fused import PLAIN as PLAIN_KERNELS
 from laco_train.training.fused import Kernels, Loss, choose
-from laco_train.training.fused_distill import DistillStep, hastened
+from laco_train.training.fused_distill import DistillStep, Trial, hastened
 from laco_train.training.interval import logs_after
 from laco_train.training.last_layers import train_last_layers
 from laco_train.training.layers import arrange_layers
@@ -86,7 +87,7 @@ class CausalLM(LightningModule):
         self.checkpointed = 0
         self.plan: CollapsePlan | None = None
         self._distillation: Distillation | None = None
-        self._distill: DistillStep | None = None
+        self._distill_step: DistillStep | None = None  # the fastest way to it
 
     @property
     def lm(self) -> PreTrainedModel | PeftModel:
@@ -158,7 +159,10 @@ class CausalLM(LightningModule):
 
         self.kernels, self.loss = chosen(self.lm)
         if self._distillation is not None:
-            self._distill = hastened(self._distillation, self.kernels, lambda teacher: chosen(teacher)[0])
+            trial = Trial(self.lm, self.kernels, probe, context)
+            self._distill_step, slow = hastened(self._distillation, trial, lambda teacher: chosen(teacher)[0])
+            if self.kernels != PLAIN_KERNELS:
+                self.kernels = replace(self.kernels, reasons=(*self.kernels.reasons, *slow))
 
     def _choose_checkpointing(self) -> int:
         """Layers that recompute."""
@@ -201,8 +205,8 @@ class CausalLM(LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of one batch, nats per target token, and what is learned from the teacher."""
-        if self._distill is not None:
-            return self._distilled(self._distill, batch)
+        if self._distill_step is not None:
+            return self._distilled(self._distill_step, batch)
         loss = self.loss(self.lm, batch)
         self._log_at_interval({"train/loss": loss})
         return loss
@@ -213,8 +217,8 @@ class CausalLM(LightningModule):
             self.log_dict(values)
 
     def _training_loss(self, batch: Batch) -> Tensor:
-        if self._distill is not None:
-            return self._distill(self.lm, batch).total
+        if self._distill_step is not None:
+            return self._distill_step(self.lm, batch).total
         return self.loss(self.lm, batch)
 
     def _distilled(self, step: DistillStep, batch: Batch) -> Tensor:

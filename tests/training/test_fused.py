@@ -314,12 +314,19 @@ def test_copy_for_the_cpu_is_free_of_all_of_it(adapted: bool, tmp_path: Path) ->
     assert all(layer._compiled_call_impl is not None for layer in base.model.layers)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_by_logits_are_too_small_for_float16(dtype: torch.dtype) -> None:
+    reasons: list[str] = []
+    assert fused._wide_enough(make("llama").to(dtype), reasons) == (dtype != torch.float16)  # type: ignore[arg-type]
+    assert len(reasons) == (dtype == torch.float16)
+
+
 def test_memory_that_runs_out_in_the_trial_is_no_reason_to_fall_back() -> None:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(torch.OutOfMemoryError):
-        fused._same(make("llama"), BATCH, torch.zeros(()), loss, attention=False, reasons=[])
+        fused.same_loss(make("llama"), BATCH, torch.zeros(()), loss, attention=False, reasons=[])
 
 
 class _FailsBackward(torch.autograd.Function):
@@ -341,9 +348,9 @@ def test_kernel_that_fails_in_the_backward_pass_is_left_out() -> None:
         return _FailsBackward.apply(causal_lm_loss(model, batch))
 
     with torch.no_grad():
-        assert not fused._same(model, BATCH, expected, fails, attention=False, reasons=reasons)
+        assert not fused.same_loss(model, BATCH, expected, fails, attention=False, reasons=reasons)
         assert reasons == ["loss: out of resource: shared memory"]
-        assert fused._same(model, BATCH, expected, causal_lm_loss, attention=False, reasons=reasons)
+        assert fused.same_loss(model, BATCH, expected, causal_lm_loss, attention=False, reasons=reasons)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -355,5 +362,5 @@ def test_rounding_of_a_large_loss_is_coarser(loss: float, apart: float, same: bo
     model.register_parameter("weight", weight)
     model.config = type("Config", (), {"_attn_implementation": "sdpa"})()
     reasons: list[str] = []
-    found = fused._same(model, {}, torch.tensor(loss), lambda m, b: 1 * m.weight, attention=False, reasons=reasons)
+    found = fused.same_loss(model, {}, torch.tensor(loss), lambda m, b: 1 * m.weight, attention=False, reasons=reasons)
     assert found == same and bool(reasons) != same

@@ -1,5 +1,7 @@
 """Distillation without logits gives what the logits give, and is left where it can't."""
 
+import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +11,19 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from laco_train.settings import DistillSettings, LoraSettings
-from laco_train.training import fused
+from laco_train.training import fused, layers
 from laco_train.training import linear_loss as slices
 from laco_train.training.adapters import attach_lora
 from laco_train.training.distill import Distillation, DistillLoss, Lesson
 from laco_train.training.fused import PLAIN, Kernels
-from laco_train.training.fused_distill import DistillStep, FusedDistillation, hastened
+from laco_train.training.fused_distill import DistillStep, FusedDistillation, Trial, hastened
 from laco_train.training.linear_loss import Head, linear_distillation
 from laco_train.training.loss import Batch, causal_lm_loss
 from laco_train.training.teacher import TeacherOnDevice
+from tests.cli.conftest import project
+from tests.cli.runs import Project
+
+__all__ = ["project"]
 
 Models = Callable[..., LlamaForCausalLM]
 FAST = Kernels(attention=False, loss=True, compiled=True)
@@ -105,44 +111,113 @@ def compiled(model: LlamaForCausalLM) -> bool:
     return all(layer._compiled_call_impl is not None for layer in model.model.layers)
 
 
-def test_hastened(tiny_llama: Models) -> None:
-    model = tiny_llama(layers=2)
+def trial(student: nn.Module, batch: Batch, kernels: Kernels = FAST) -> Trial:
+    return Trial(student, kernels, batch, contextlib.nullcontext)
+
+
+@pytest.fixture
+def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic without torch.compile, which only makes it faster."""
+    monkeypatch.setattr(slices, "_compiled", lambda function: function)
+
+
+@pytest.mark.usefixtures("plainly")
+def test_hastened(tiny_llama: Models, batch: Batch) -> None:
+    model, student = tiny_llama(layers=2), tiny_llama(layers=2, seed=1)
     tried: list[nn.Module] = []
 
     def choose(teacher: nn.Module) -> Kernels:
         tried.append(teacher)
-        return FAST
+        return Kernels(loss=True)
 
-    step = hastened(distillation(model), FAST, choose)
+    step, slow = hastened(distillation(model), trial(student, batch), choose)
     assert isinstance(step, FusedDistillation) and step.teacher is model and step.settings.logits == 0.5
-    assert tried == [model] and compiled(model)
+    assert tried == [model] and slow == ()
+    assert all(p.grad is None for p in student.parameters())
 
 
-@pytest.mark.parametrize(("student", "teacher"), [(FAST, PLAIN), (PLAIN, FAST), (PLAIN, PLAIN)])
-def test_both_heads_must_be_plain(tiny_llama: Models, student: Kernels, teacher: Kernels) -> None:
+@pytest.mark.parametrize(("student", "teacher"), [(FAST, PLAIN), (PLAIN, Kernels(loss=True, compiled=True))])
+def test_both_heads_must_be_plain(tiny_llama: Models, batch: Batch, student: Kernels, teacher: Kernels) -> None:
     slow = distillation(tiny_llama(layers=2))
-    assert hastened(slow, student, lambda _: teacher) is slow
+    teacher = dataclasses.replace(teacher, reasons=("loss: the model does more to its logits",))
+    step, why = hastened(slow, trial(tiny_llama(layers=2, seed=1), batch, student), lambda _: teacher)
+    assert step is slow and why == ("teacher: loss: the model does more to its logits",)
     assert compiled(slow.teacher.model) == teacher.compiled  # type: ignore[attr-defined]
 
 
-def test_hidden_states_keep_the_layers_as_they_are(tiny_llama: Models) -> None:
+@pytest.mark.parametrize("wrong", ["other", "fails"])
+def test_what_differs_or_fails_is_left_out(
+    tiny_llama: Models, batch: Batch, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def arithmetic(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if wrong == "fails":
+            raise TypeError("no such kernel")
+        total, parts, slope = slices.slice_distillation(logits, *others)
+        return total + 1, parts, slope
+
+    monkeypatch.setattr(slices, "_compiled", lambda function: arithmetic)
+    slow = distillation(tiny_llama(layers=2))
+    step, (why,) = hastened(slow, trial(tiny_llama(layers=2, seed=1), batch), lambda _: Kernels(loss=True))
+    assert step is slow
+    assert why == f"distillation: loss{' would differ by 1.000 nats' if wrong == 'other' else ': no such kernel'}"
+
+
+def test_hidden_states_keep_the_layers_as_they_are(tiny_llama: Models, batch: Batch) -> None:
     slow = distillation(tiny_llama(layers=2), (0, 1), hidden=1.0)
-    assert hastened(slow, FAST, lambda _: FAST) is slow
+    step, (why,) = hastened(slow, trial(tiny_llama(layers=2, seed=1), batch), lambda _: FAST)
+    assert step is slow and "hidden states" in why
     assert not compiled(slow.teacher.model)  # type: ignore[attr-defined]
 
 
-def test_words_on_disk_stay_there() -> None:
+def test_words_on_disk_stay_there(tiny_llama: Models, batch: Batch) -> None:
     slow = Distillation(DistillSettings(logits=0.5), lambda batch: Lesson(None))
-    assert hastened(slow, FAST, lambda _: pytest.fail("there is no model")) is slow
+    step, (why,) = hastened(slow, trial(tiny_llama(layers=2), batch), lambda _: pytest.fail("there is no model"))
+    assert step is slow and "on disk" in why
 
 
-def test_layers_that_can_not_be_told_are_left_alone() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2))
-    model.config.num_hidden_layers = 3  # what the program finds wrong about a stack
-    assert isinstance(hastened(distillation(model), FAST, lambda _: FAST), FusedDistillation)
+@pytest.mark.usefixtures("plainly")
+def test_layers_that_can_not_be_told_are_left_alone(batch: Batch) -> None:
+    def model() -> GPT2LMHeadModel:
+        return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2))
+
+    teacher = model().eval()
+    teacher.config.num_hidden_layers = 3  # what the program finds wrong about a stack
+    step, _ = hastened(distillation(teacher), trial(model(), batch), lambda _: FAST)
+    assert isinstance(step, FusedDistillation)
+
+
+@pytest.mark.usefixtures("plainly")
+def test_a_fit_learns_and_refines_by_it(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but for the compilers: the same losses, and no logits of a batch."""
+    whole: list[int] = []
+    slowly = Distillation.__call__
+
+    def noting(self: Distillation, student: nn.Module, batch: Batch) -> DistillLoss:
+        whole.append(len(batch["input_ids"]))
+        return slowly(self, student, batch)
+
+    monkeypatch.setattr(Distillation, "__call__", noting)
+    monkeypatch.setattr(fused, "_missing", lambda device: "")
+    monkeypatch.setattr(layers, "_compiled", lambda call: call)
+    options = ["--model.distill.logits", "0.5", "--collapse.refine.tokens", "256", "--collapse.refine.batch_size", "2"]
+    run = project.fit(*options)
+    assert whole == [1, 1]  # tried on a block, by refinement and by training
+    assert "loss without logits, layers" in run.result.out and "with logits" not in run.result.out
+    expected = project.fit(*options, "--speed.kernels", "plain")
+    assert whole[2:] == [2] * (4 + 6)
+    assert run.validation() == pytest.approx(expected.validation(), rel=1e-5)
 
 
 def test_a_teacher_is_tried_though_nothing_of_it_trains(tiny_llama: Models, batch: Batch) -> None:
-    model = tiny_llama(layers=2).requires_grad_(False)
-    expected = causal_lm_loss(model, batch)
-    assert fused._same(model, batch, expected, causal_lm_loss, attention=False, reasons=[])
+    model = tiny_llama(layers=2)
+    expected = causal_lm_loss(model, batch).detach()
+
+    def same(loss: fused.Loss) -> bool:
+        return fused.same_loss(model, batch, expected, loss, attention=False, reasons=[])
+
+    def detached(model: nn.Module, batch: Batch) -> Tensor:
+        return causal_lm_loss(model, batch).detach()
+
+    assert same(causal_lm_loss) and not same(detached)  # a student needs gradients
+    model.requires_grad_(False)
+    assert same(causal_lm_loss) and same(detached)
