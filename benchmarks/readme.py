@@ -148,13 +148,13 @@ def quality_table() -> str:
     return "\n".join([*lines, *place_lines(rows, "quality")])
 
 
-def operations(row: dict[str, Any], original: float) -> float:
-    """10^15 of them for a run's tokens and a teacher's forward passes, a third of what training the original takes.
+def operations(row: dict[str, Any], original: float, point: int = -1) -> float:
+    """10^15 of them up to a point of a run's curve, a teacher's forward passes included: a third of training the original.
 
     Refinement counts as training does, which is too much for windows and too little before lora and last_layers; the
     tokens of streamline's fit, another text's, are left out.
     """
-    tokens, refined = row["losses"][-1][0], row["refine_tokens"] if row["strategy"] != "streamline" else 0
+    tokens, refined = row["losses"][point][0], row["refine_tokens"] if row["strategy"] != "streamline" else 0
     taught = tokens if row["objective"] == "distilled" else refined
     return float(tokens * row["flops_per_token"] + taught * original / 3) / 1e15
 
@@ -320,6 +320,32 @@ def draw_study() -> None:
     (IMAGES / "study_smollm2.png").write_bytes(picture.png(dark=False))
 
 
+def draw_quality() -> None:
+    """Losses over operations, of the first seed."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in results("quality")["rows"] if row["seed"] == 0]
+    whole = next(row["flops_per_token"] for row in rows if row["strategy"] == "original")
+    shown = [("original", 30, "plain"), *(("best", depth, "plain") for depth in (25, 22, 15))]
+    shown += [("shortgpt", 22, "plain"), ("laco", 22, "plain"), ("best", 22, "distilled")]
+    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for strategy, depth, objective in shown:
+        (row,) = (r for r in rows if (r["strategy"], r["depth"], r["objective"]) == (strategy, depth, objective))
+        points = range(len(row["losses"]))
+        x, y = [operations(row, whole, at) for at in points], [row["losses"][at][1] for at in points]
+        style = "--" if objective == "distilled" else "-"
+        label = f"{strategy}, {depth} layers" + (", distillation" if objective == "distilled" else "")
+        axes.plot(x, y, style, marker="o", markersize=3.5, label=label)
+    axes.set_ylim(2.65, 4.2)
+    axes.set_xlabel("operations of refinement and training, 10^15, a teacher's passes included")
+    axes.set_ylabel("validation loss, nats per token")
+    axes.set_title("SmolLM2-135M: loss over operations, 10 million tokens each")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(IMAGES / "quality_operations.png")
+
+
 def draw_rounds() -> None:
     """Pruning again beside pruning at once to the same depth, as `compare` draws them."""
     from laco_train.study.figures import Line, curve_pictures
@@ -381,3 +407,4 @@ if __name__ == "__main__":
     draw_study()
     draw_rounds()
     draw_ratios()
+    draw_quality()
