@@ -149,7 +149,7 @@ def quality_table() -> str:
 
 
 def operations(row: dict[str, Any], original: float, point: int = -1) -> float:
-    """10^15 of them up to a point of a run's curve, a teacher's forward passes included: a third of training the original.
+    """10^15 of them up to a point of a run's curve; a teacher's forward passes are a third of training the original.
 
     Refinement counts as training does, which is too much for windows and too little before lora and last_layers; the
     tokens of streamline's fit, another text's, are left out.

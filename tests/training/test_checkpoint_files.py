@@ -24,6 +24,7 @@ from tests.spoilt import Evil, spoilt
 
 __all__ = ["shared_project"]
 
+CORPUS = sorted((Path(__file__).parents[1] / "corpus/checkpoints").iterdir())
 SMALL: dict[str, Any] = {CHECKPOINT_KEY: {}, "global_step": 3, "state_dict": {"w": torch.arange(1000.0)}}
 
 
@@ -58,6 +59,18 @@ def line_of(path: Path) -> str | None:
         assert "\n" not in line and len(line) < 1000
         return line
     return None
+
+
+@pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.stem)
+def test_corpus(path: Path, tmp_path: Path) -> None:
+    """Refused in one line where it is named, passed over in one where it is found beside a whole one."""
+    assert line_of(path) is not None
+    older, newer = (tmp_path / "checkpoints" / f"epoch=0-step={step}.ckpt" for step in (3, 5))
+    VerifiedCheckpointIO().save_checkpoint(SMALL, older)
+    shutil.copy(path, newer)
+    said: list[str] = []
+    assert newest_good(older.parent, said.append) == older
+    assert len(said) == 1 and "\n" not in said[0]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
