@@ -40,7 +40,7 @@ def exported(checkpoint: str, form: str, llama_cpp: str | None, folder: Path) ->
     }
 
 
-PROOF = ("greedy tokens", "top-1 agreement", "logits", "laco_train: ")
+PROOF = ("greedy tokens", "top-1 agreement", "logit", "laco_train: ")
 """What the lines that tell of a proof, or of its failure, hold."""
 
 
