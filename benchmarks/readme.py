@@ -292,12 +292,18 @@ def draw_curve() -> None:
         f"{losses[-1]:.2f}", (tokens[-1], losses[-1]), xytext=(-12, -16), textcoords="offset points", fontsize=9
     )
     axes.set_ylim(min(losses[-1], original) - 0.4, losses[0] + 0.3)
-    axes.set_xlabel("tokens of post-training, millions")
-    axes.set_ylabel("validation loss, nats per token")
     axes.set_title("SmolLM2-135M: what Layer Collapse cost, and what training gave back")
+    save_losses(figure, "tokens of post-training, millions", "smollm2_collapse")
+
+
+def save_losses(figure: Any, over: str, name: str) -> None:
+    """Label a figure of losses over something, and write it."""
+    (axes,) = figure.axes
+    axes.set_xlabel(over)
+    axes.set_ylabel("validation loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(IMAGES / "smollm2_collapse.png")
+    figure.savefig(IMAGES / f"{name}.png")
 
 
 def draw_study() -> None:
@@ -338,12 +344,8 @@ def draw_quality() -> None:
         label = f"{strategy}, {depth} layers" + (", distillation" if objective == "distilled" else "")
         axes.plot(x, y, style, marker="o", markersize=3.5, label=label)
     axes.set_ylim(2.65, 4.2)
-    axes.set_xlabel("operations of refinement and training, 10^15, a teacher's passes included")
-    axes.set_ylabel("validation loss, nats per token")
     axes.set_title("SmolLM2-135M: loss over operations, 10 million tokens each")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(IMAGES / "quality_operations.png")
+    save_losses(figure, "operations of refinement and training, 10^15, a teacher's included", "quality_operations")
 
 
 def draw_rounds() -> None:

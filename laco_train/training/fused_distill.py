@@ -102,9 +102,11 @@ def hastened(
     own = choose(teacher.model)
     if teacher.layers:
         return distillation, ("distillation: with logits, as hidden states are learned too",)
-    if own.compiled:
+    step: DistillStep = distillation
+    slow = tuple(f"teacher: {reason}" for reason in own.reasons)
+    if trial.kernels.loss and own.loss:
+        step, slow = trial.without_logits(distillation, teacher.model)
+    if own.compiled:  # after the trial, whose shape is another: each is compiled for itself
         with suppress(InputError):  # a family whose layers can't be told
             arrange_layers(teacher.model, compiled=True, recompute=0)
-    if trial.kernels.loss and own.loss:
-        return trial.without_logits(distillation, teacher.model)
-    return distillation, tuple(f"teacher: {reason}" for reason in own.reasons)
+    return step, slow

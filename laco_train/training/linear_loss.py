@@ -29,14 +29,10 @@ def slice_loss(logits: Tensor, labels: Tensor, share: Tensor) -> tuple[Tensor, T
         labels: (n,), -100 where there is no target.
         share: 1 / number of targets, a float32 scalar.
     """
-    exact = logits.float()
     counted = labels != _IGNORED
-    target = labels.clamp(min=0)[:, None]
-    normaliser = exact.logsumexp(-1, keepdim=True)
-    loss = (normaliser - exact.gather(-1, target)).squeeze(-1)
-    one_hot = torch.arange(logits.shape[-1], device=logits.device) == target
-    slope = ((exact - normaliser).exp() - one_hot.float()) * (counted.float() * share)[:, None]
-    return torch.where(counted, loss, 0.0).sum() * share, slope.to(logits.dtype)
+    entropy, slope = _cross_entropy(logits.float(), labels)
+    weight = (counted.float() * share)[:, None]
+    return torch.where(counted, entropy, 0.0).sum() * share, (slope * weight).to(logits.dtype)
 
 
 def slice_distillation(
@@ -52,20 +48,24 @@ def slice_distillation(
         mixture: a.
         temperature: T, which both distributions are softened by in the divergence.
     """
-    exact = logits.float()
     counted = labels != _IGNORED
-    target = labels.clamp(min=0)[:, None]
-    normaliser = exact.logsumexp(-1, keepdim=True)
-    entropy = (normaliser - exact.gather(-1, target)).squeeze(-1)
-    one_hot = torch.arange(logits.shape[-1], device=logits.device) == target
-    student = (exact / temperature).log_softmax(-1)
+    entropy, by_text = _cross_entropy(logits.float(), labels)
+    student = (logits.float() / temperature).log_softmax(-1)
     teacher = (taught.float() / temperature).log_softmax(-1)
     apart = temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
-    parts = torch.stack([torch.where(counted, part, 0.0).sum() for part in (entropy, apart)]) * share
-    by_text = (exact - normaliser).exp() - one_hot.float()
     by_teacher = temperature * (student.exp() - teacher.exp())
+    parts = torch.stack([torch.where(counted, part, 0.0).sum() for part in (entropy, apart)]) * share
     slope = ((1 - mixture) * by_text + mixture * by_teacher) * (counted.float() * share)[:, None]
     return (1 - mixture) * parts[0] + mixture * parts[1], parts, slope.to(logits.dtype)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token (n,), and its gradient by the logits (n, V); anything where there is no target."""
+    target = labels.clamp(min=0)[:, None]
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    one_hot = torch.arange(logits.shape[-1], device=logits.device) == target
+    entropy = (normaliser - logits.gather(-1, target)).squeeze(-1)
+    return entropy, (logits - normaliser).exp() - one_hot.float()
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -30,16 +30,6 @@ FAST = Kernels(attention=False, loss=True, compiled=True)
 
 
 @pytest.fixture
-def batch() -> Batch:
-    """Two blocks of 16: two documents in one, labels of a chat in the other."""
-    ids = torch.randint(4, 300, (2, 16), generator=torch.Generator().manual_seed(5))
-    labels = ids.clone()
-    labels[0, 9] = labels[1, :6] = labels[1, 12:] = -100
-    positions = torch.stack([torch.cat([torch.arange(9), torch.arange(7)]), torch.arange(16)])
-    return {"input_ids": ids, "labels": labels, "position_ids": positions}
-
-
-@pytest.fixture
 def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five tokens of the tiny vocabulary at once, so that slices end inside blocks and the last is shorter."""
     monkeypatch.setattr(slices, "ELEMENTS_AT_ONCE", 5 * 320 + 7)
