@@ -1,7 +1,7 @@
 """One model in every format, each export proven in its own runtime, and what the proofs found.
 
-    python benchmarks/exports.py --checkpoint CHECKPOINT --formats hf,ctranslate2,onnx
-    python benchmarks/exports.py --checkpoint CHECKPOINT --formats gguf:f16,gguf:q8_0 --llama-cpp llama.cpp
+    python benchmarks/exports.py --checkpoint CHECKPOINT --name WHAT --formats hf,ctranslate2,onnx
+    python benchmarks/exports.py --checkpoint CHECKPOINT --name WHAT --formats gguf:f16,gguf:q8_0 --llama-cpp llama.cpp
 
 CHECKPOINT is whatever `export` takes. A row a format: whether it was proven, the proof in its own words (prompts,
 tokens, largest difference of logits, or agreement and divergence), seconds of the whole export, bytes of the folder. A
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from common import append_rows, run_or_say
+
+from laco_train.errors import InputError
 
 
 def exported(checkpoint: str, form: str, llama_cpp: str | None, folder: Path) -> dict[str, Any]:
@@ -46,6 +48,8 @@ PROOF = ("greedy tokens", "top-1 agreement", "logit", "laco_train: ")
 
 def measure(options: argparse.Namespace) -> None:
     """Export, print and keep."""
+    if "gguf" in options.formats and options.llama_cpp is None:
+        raise InputError("--llama-cpp", "gguf needs llama.cpp's repository; name its folder")
     for form in options.formats.split(","):
         with tempfile.TemporaryDirectory() as temporary:
             row = exported(options.checkpoint, form, options.llama_cpp, Path(temporary) / "export")

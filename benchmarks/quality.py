@@ -7,11 +7,12 @@
 Arms are those of the study (issue 8): its runs, its sweep of the learning rate on documents that are not reported, its
 data order. `best` is collapse and refinement of smollm2_135m_best.yaml; what it refines on comes off its budget.
 `optipfair` removes the layers that OptiPFair 0.4.2 (pip install --no-deps optipfair==0.4.2) ranks lowest on the same
-calibration text; where they are those of shortgpt, its run is shortgpt's (`same_as`). In `distilled`, all arms learn
-from the original trained on: its run with plain loss and the first seed. Each arm takes the learning rate that its
-sweep at 22 layers with plain loss chose, over the whole budget. Each arm, depth, objective and seed is a study of its
-own; its row is appended once it is there, and what has its row is not run again; the original is, on every kind of
-machine. At 22 layers with plain loss parts of `best` run too; those that refine otherwise take its learning rate.
+calibration text; where they are those of shortgpt, and so is the rate, its run is shortgpt's (`same_as`). In
+`distilled`, all arms learn from the original trained on: its run with plain loss and the first seed. Each arm takes the
+learning rate that its sweep at 22 layers with plain loss chose, over the whole budget. Each arm, depth, objective and
+seed is a study of its own; its row is appended once it is there, and what has its row is not run again; the original
+is, on every kind of machine. At 22 layers with plain loss parts of `best` run too; those that refine otherwise take its
+learning rate.
 """
 
 import argparse

@@ -166,9 +166,10 @@ class LayerCollapse(Callback):
         print(f"Refining: {r.tokens:,} tokens{alone}", flush=True)
         for model in (original, collapsed):
             model.to(device)  # type: ignore[arg-type]  # Transformers wraps to() for bitsandbytes
-        with refining(collapsed, original, pl_module.speed, trainer.strategy, data, context) as trial:
+        models = (collapsed, original)
+        with refining(*models, pl_module.speed, trainer.strategy, data, context, together=r.windows < 1) as divergence:
             batches = data.leading(r.tokens // data.settings.block_size, r.batch_size)
-            plan = refine(original, collapsed, plan, batches, r, Place(device, context, trial))
+            plan = refine(original, collapsed, plan, batches, r, Place(device, context, divergence))
         assert plan.refined is not None
         print(f"Refined in {plan.refined.seconds:.1f} s", flush=True)
         return plan

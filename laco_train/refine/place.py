@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from laco_train.training.fused_distill import Trial
+from laco_train.training.fused_distill import DistillStep
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Place:
     Attributes:
         device: of both models and of the batches.
         context: the precision of the forward passes, as a context manager.
-        trial: with which the divergence without logits is tried; None: logits are stored.
+        divergence: from the original, of the collapsed model on a batch; None: by stored logits of both.
     """
 
     device: torch.device
     context: Callable[[], AbstractContextManager[Any]]
-    trial: Trial | None = None
+    divergence: DistillStep | None = None

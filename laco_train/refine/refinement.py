@@ -18,7 +18,6 @@ from laco_train.refine.place import Place
 from laco_train.refine.windows import windows_of
 from laco_train.settings import DistillSettings, OptimizerSettings, RefineSettings, ScheduleSettings
 from laco_train.training.distill import Distillation
-from laco_train.training.fused_distill import DistillStep
 from laco_train.training.loss import Batch
 from laco_train.training.optim import adamw, warmup_cosine
 from laco_train.training.skipping import SkippedSteps, guard_step
@@ -67,11 +66,8 @@ def refine(
         done = solve_windows(original, collapsed, windows, itertools.islice(supply, alone), place, deadline)
         if not done:
             print("No layer that stands for others ends in a sum: none is solved alone.", flush=True)
+    step = by_logits(original) if place.divergence is None else place.divergence
     collapsed.train()
-    step: DistillStep
-    step = slow = Distillation(DistillSettings(logits=1.0), TeacherOnDevice(original, (), logits=True))
-    if place.trial is not None:
-        step, _ = place.trial.without_logits(slow, original)
     late = deadline is not None and time.perf_counter() > deadline
     left = 0 if done and late else steps - done
     rest, rate = itertools.islice(supply, left), settings.learning_rate
@@ -87,6 +83,11 @@ def refine(
     tokens = done * each + (0 if earlier is None else earlier.tokens)
     seconds += 0.0 if earlier is None else earlier.seconds
     return dataclasses.replace(plan, refined=Refined.of(content, tokens, seconds), refined_weights=content)
+
+
+def by_logits(original: PreTrainedModel) -> Distillation:
+    """The divergence from `original` alone, of a student on a batch; logits of both are stored."""
+    return Distillation(DistillSettings(logits=1.0), TeacherOnDevice(original, (), logits=True))
 
 
 def _descend(

@@ -159,7 +159,7 @@ def same_loss(
             found = loss(model, probe)
             if any(p.requires_grad for p in model.parameters()):  # not those of a teacher
                 found.backward()  # a kernel may fit the GPU in one direction only
-        differs = abs(float(found) - float(expected)) > tolerated(float(expected))
+        differs = not abs(float(found) - float(expected)) <= tolerated(float(expected))  # NaN does
         reason = f"{what} would differ by {abs(float(found) - float(expected)):.3f} nats" if differs else ""
     except torch.OutOfMemoryError:  # says nothing of what the model can do, and ends in advice
         raise

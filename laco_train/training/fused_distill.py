@@ -100,12 +100,13 @@ def hastened(
     if not isinstance(teacher, TeacherOnDevice):
         return distillation, ("distillation: with logits, as its teacher's words are on disk",)
     own = choose(teacher.model)
-    if teacher.layers:
-        return distillation, ("distillation: with logits, as hidden states are learned too",)
-    step: DistillStep = distillation
     slow = tuple(f"teacher: {reason}" for reason in own.reasons)
+    if teacher.layers:
+        return distillation, (*slow, "distillation: with logits, as hidden states are learned too")
+    step: DistillStep = distillation
     if trial.kernels.loss and own.loss:
-        step, slow = trial.without_logits(distillation, teacher.model)
+        step, why = trial.without_logits(distillation, teacher.model)
+        slow += why
     if own.compiled:  # after the trial, whose shape is another: each is compiled for itself
         with suppress(InputError):  # a family whose layers can't be told
             arrange_layers(teacher.model, compiled=True, recompute=0)

@@ -135,21 +135,25 @@ def test_both_heads_must_be_plain(tiny_llama: Models, batch: Batch, student: Ker
     assert compiled(slow.teacher.model) == teacher.compiled  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("wrong", ["other", "fails"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("other", " would differ by 1.000 nats"), ("nan", " would differ by nan"), ("fails", ": no")],
+)
 def test_what_differs_or_fails_is_left_out(
-    tiny_llama: Models, batch: Batch, wrong: str, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Models, batch: Batch, wrong: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def arithmetic(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         if wrong == "fails":
             raise TypeError("no such kernel")
         total, parts, slope = slices.slice_distillation(logits, *others)
-        return total + 1, parts, slope
+        return total + (1 if wrong == "other" else torch.nan), parts, slope
 
     monkeypatch.setattr(slices, "_compiled", lambda function: arithmetic)
     slow = distillation(tiny_llama(layers=2))
-    step, (why,) = hastened(slow, trial(tiny_llama(layers=2, seed=1), batch), lambda _: Kernels(loss=True))
+    own = Kernels(loss=True, reasons=("attention: sinks",))
+    step, why = hastened(slow, trial(tiny_llama(layers=2, seed=1), batch), lambda _: own)
     assert step is slow
-    assert why == f"distillation: loss{' would differ by 1.000 nats' if wrong == 'other' else ': no such kernel'}"
+    assert why[0] == "teacher: attention: sinks" and why[1].startswith(f"distillation: loss{said}")
 
 
 def test_hidden_states_keep_the_layers_as_they_are(tiny_llama: Models, batch: Batch) -> None:
@@ -195,6 +199,9 @@ def test_a_fit_learns_and_refines_by_it(project: Project, monkeypatch: pytest.Mo
     assert "loss without logits, layers" in run.result.out and "with logits" not in run.result.out
     expected = project.fit(*options, "--speed.kernels", "plain")
     assert whole[2:] == [2] * (4 + 6)
+    whole.clear()
+    project.fit(*options, "--collapse.refine.windows", "1.0")
+    assert whole == [1]  # solved alone, refinement needs no divergence
     assert run.validation() == pytest.approx(expected.validation(), rel=1e-5)
 
 
