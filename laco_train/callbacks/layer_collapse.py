@@ -164,9 +164,9 @@ class LayerCollapse(Callback):
         collapsed: Any = pl_module.lm
         alone = f", {100 * r.windows:.0f}% of them layer by layer" if r.windows else ""
         print(f"Refining: {r.tokens:,} tokens{alone}", flush=True)
-        for model in (original, collapsed):
-            model.to(device)  # type: ignore[arg-type]  # Transformers wraps to() for bitsandbytes
         models = (collapsed, original)
+        for model in models:
+            model.to(device)  # type: ignore[arg-type]  # Transformers wraps to() for bitsandbytes
         with refining(*models, pl_module.speed, trainer.strategy, data, context, together=r.windows < 1) as divergence:
             batches = data.leading(r.tokens // data.settings.block_size, r.batch_size)
             plan = refine(original, collapsed, plan, batches, r, Place(device, context, divergence))

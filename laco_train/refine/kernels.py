@@ -42,9 +42,10 @@ def refining(
     kernels, _ = choose(collapsed, speed, strategy, probe, context)
     if kernels.attention:
         set_document_attention(original, True)
-    divergence: DistillStep = by_logits(original)
+    stored = by_logits(original)
+    divergence: DistillStep = stored
     if kernels.loss and together:  # before layers are compiled, as each shape is compiled for itself
-        divergence, slow = Trial(collapsed, kernels, probe, context).without_logits(by_logits(original), original)
+        divergence, slow = Trial(collapsed, kernels, probe, context).without_logits(stored, original)
         if slow:
             print(f"Refinement with stored logits: {'; '.join(slow)}", flush=True)
     depth = len(decoder_of(collapsed).stack)

@@ -1,7 +1,7 @@
 """Distillation by the fast kernels: logits of a whole batch, the student's or the teacher's, never exist."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,11 @@ class FusedDistillation:
     Args:
         settings: the recipe's section.
         teacher: in eval mode, on the student's device; it gets no gradient.
-        compiled: fuse the arithmetic on logits by torch.compile.
     """
 
-    def __init__(self, settings: DistillSettings, teacher: nn.Module, *, compiled: bool = True):
+    def __init__(self, settings: DistillSettings, teacher: nn.Module):
         self.settings = settings
         self.teacher = teacher
-        self.compiled = compiled
 
     def __call__(self, student: nn.Module, batch: Batch) -> DistillLoss:
         """(1 - a) cross entropy + a T^2 KL(teacher || student), over the targets of `batch`."""
@@ -46,7 +44,7 @@ class FusedDistillation:
             head, s = head_of(student, batch), self.settings
             with without_autocast():
                 return linear_distillation(
-                    head, taught, labels, mixture=s.logits, temperature=s.temperature, compiled=self.compiled
+                    head, taught, labels, mixture=s.logits, temperature=s.temperature, compiled=True
                 )
 
         total, parts = as_forward(student, work)
@@ -108,6 +106,8 @@ def hastened(
         step, why = trial.without_logits(distillation, teacher.model)
         slow += why
     if own.compiled:  # after the trial, whose shape is another: each is compiled for itself
-        with suppress(InputError):  # a family whose layers can't be told
+        try:
             arrange_layers(teacher.model, compiled=True, recompute=0)
+        except InputError as error:  # a family whose layers can't be told
+            slow += (f"teacher: layers: {error}",)
     return step, slow

@@ -44,7 +44,7 @@ def learned(step: DistillStep, student: nn.Module, batch: Batch) -> tuple[Distil
     return loss, gradients
 
 
-@pytest.mark.usefixtures("sliced")
+@pytest.mark.usefixtures("sliced", "plainly")
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize(("mixture", "temperature"), [(0.5, 1.0), (1.0, 1.0), (0.3, 2.5), (0.0, 1.0)])
 def test_it_is_distillation_on_logits(
@@ -55,7 +55,7 @@ def test_it_is_distillation_on_logits(
     base = tiny_llama(layers=2, seed=1)
     student: Any = attach_lora(base, LoraSettings(rank=2)) if adapted else base
     expected, slopes = learned(Distillation(settings, TeacherOnDevice(teacher, (), logits=True)), student, batch)
-    found, ours = learned(FusedDistillation(settings, teacher, compiled=False), student, batch)
+    found, ours = learned(FusedDistillation(settings, teacher), student, batch)
     for name in ("total", "next_token", "logits", "hidden"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
     assert not found.next_token.requires_grad and float(found.logits) > 0.01
@@ -176,8 +176,8 @@ def test_layers_that_can_not_be_told_are_left_alone(batch: Batch) -> None:
 
     teacher = model().eval()
     teacher.config.num_hidden_layers = 3  # what the program finds wrong about a stack
-    step, _ = hastened(distillation(teacher), trial(model(), batch), lambda _: FAST)
-    assert isinstance(step, FusedDistillation)
+    step, (why,) = hastened(distillation(teacher), trial(model(), batch), lambda _: FAST)
+    assert isinstance(step, FusedDistillation) and why.startswith("teacher: layers: ")
 
 
 @pytest.mark.usefixtures("plainly")
