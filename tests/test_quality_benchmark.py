@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other by
 import quality as quality_benchmark  # noqa: E402
 from quality import (  # noqa: E402
     ARMS,
+    ELSEWHERE,
     KEY,
     OBJECTIVES,
     PARTS,
@@ -69,8 +70,10 @@ def test_what_has_its_row_is_not_run_again(results: Path, quality: Quality) -> N
 
 
 def test_all_runs_and_their_order(results: Path, quality: Quality) -> None:
-    left = jobs_left(quality, (*ARMS, *PARTS), (22, 25, 15), OBJECTIVES)
-    assert len(left) == len(set(left)) == 2 * (2 * (3 * (len(ARMS) - 1) + 1) + len(PARTS))
+    left = jobs_left(quality, (*ARMS, *PARTS, ELSEWHERE), (22, 25, 15), OBJECTIVES)
+    assert len(left) == len(set(left)) == 2 * (2 * (3 * (len(ARMS) - 1) + 1) + len(PARTS) + 2)
+    elsewhere = {(job.objective, job.depth) for job in left if job.arm == ELSEWHERE}
+    assert elsewhere == {("plain", 25), ("plain", 15)}
     choosing = len(ARMS) + len(PARTS)
     assert left[0] == quality.teaching and all(map(quality.chooses, left[:choosing]))
     groups = [(job.depth != 22, job.seed, job.objective) for job in left[choosing:]]
@@ -86,7 +89,7 @@ def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, resul
     results.write_text(json.dumps({"rows": rows}))
     (tmp_path / f"optipfair_{depth}.json").write_text(json.dumps(list(range(30 - depth))))  # else it needs the weights
     quality.teacher.mkdir(parents=True)
-    jobs = [Job(objective, depth, arm, 0) for arm in (*ARMS, *(PARTS if swept else ()))]
+    jobs = [Job(objective, depth, arm, 0) for arm in (*ARMS, *(PARTS if swept else (ELSEWHERE,)))]
     recipes = {}
     for job in jobs:
         assert quality.is_ready(job)
@@ -108,6 +111,9 @@ def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, resul
     refine = {arm: recipe["collapse"]["refine"] for arm, recipe in recipes.items()}
     assert refine["best"]["tokens"] > 0 and refine["best"]["windows"] > 0
     assert refine["angular"]["tokens"] == 0
+    chosen = {arm: recipe["collapse"]["strategy"] for arm, recipe in recipes.items()}
+    assert chosen["best"] == ("angular" if depth == 22 else "shortgpt")
+    assert depth == 22 or (chosen[ELSEWHERE] == "angular" and refine[ELSEWHERE] == refine["best"])
     if swept:
         assert refine["windows"] == refine["best"] | {"tokens": 65_536, "windows": 1.0}
         assert refine["together"] == refine["best"] | {"windows": 0.0}
