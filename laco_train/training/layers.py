@@ -37,6 +37,8 @@ def arrange_layers(model: nn.Module, *, compiled: bool, recompute: int) -> None:
 
 
 def _compiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    # under DDP a graph would be cut wherever a bucket of gradients ends; whole layers overlap with their sum as well
+    torch._dynamo.config.optimize_ddp = False
     compiled: Callable[..., Any] = torch.compile(call, dynamic=False)
     return compiled
 
