@@ -38,11 +38,16 @@ def measured_by(verb: str, arguments: list[str], output: str) -> dict[str, Any]:
 def run_or_say(parser: ArgumentParser, run: Callable[[Namespace], None]) -> None:
     """`run` with the command line; what is wrong with it is one line and exit code 2. Results name files, not paths."""
     options = parser.parse_args()
-    sys.argv[1:] = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+    name_files()
     try:
         run(options)
     except InputError as error:
         parser.exit(2, f"{error}\n")
+
+
+def name_files() -> None:
+    """Leave the folders of files and folders on the command line, which is parsed, out of what results say of it."""
+    sys.argv[1:] = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
 
 
 def machine() -> str:
@@ -72,12 +77,12 @@ def header() -> dict[str, Any]:
 
 
 def append_rows(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
-    """Add `rows`, each with a header of its own, to NAME.json, in place of earlier ones of the same case."""
+    """Add `rows`, with a header where they have none of their own, to NAME.json, in place of earlier ones of a case."""
     path = folder / f"{name}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**header(), "rows": []}
     cases = {row["case"] for row in rows}
     kept = [row for row in found["rows"] if row["case"] not in cases]
-    found["rows"] = [*kept, *({**row, **header()} for row in rows)]
+    found["rows"] = [*kept, *({**header(), **row} for row in rows)]
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return path
 

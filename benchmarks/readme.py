@@ -58,17 +58,22 @@ def collapse_table() -> str:
     return "\n".join([*lines, "", *sources])
 
 
+STUDIED = (0.0, 0.01, 0.05, 0.1, 0.5, 1.0)
+
+
 def study_table() -> str:
     """The arms of the study, best last loss first after the original."""
     found = results("study_smollm2")
     lines = [
-        "| arm | layers | learning rate | before training | 0.13M tokens | 0.5M | 1.0M | 5.2M | 10.5M "
+        "| arm | layers | learning rate | before training | 0.1M tokens | 0.5M | 1.0M | 5.2M | 10.5M "
         "| tokens to 3.253 | recovered | inherited |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in sorted(found["arms"], key=lambda arm: (arm["name"] != "original", arm["losses"][-1][1])):
-        by_tokens = dict(map(tuple, arm["losses"]))
-        losses = [f"{by_tokens[tokens]:.3f}" for tokens in (0, 131_072, 524_288, 1_048_576, 5_242_880, 10_485_760)]
+        whole = arm["losses"][-1][0]
+        # the nearest step to a share of the budget: the one to 1% of it has been rounded up at some commits
+        nearest = [min(arm["losses"], key=lambda at: abs(at[0] - share * whole)) for share in STUDIED]
+        losses = [f"{loss:.3f}" for _, loss in nearest]
         shares = [arm["recovered"], arm["inheritance"]]
         cells = ["" if share is None else f"{100 * share:.0f}%" for share in shares]
         reached = [at["tokens"] for at in arm["tokens_to_original"] if at is not None]
@@ -171,9 +176,9 @@ def scale_table() -> str:
         "| weights, gradients, moments a GPU | the same on one GPU |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    found = results("many_gpus")
-    sources = dict.fromkeys(f"- {source_line(row)}" for row in found["rows"])
-    for row in found["rows"]:
+    found = [row for row in results("many_gpus")["rows"] if "runs" not in row]
+    sources = dict.fromkeys(f"- {source_line(row)}" for row in found)
+    for row in found:
         alone = row.get("one_gpu")
         speeds = ["", ""] if alone is None else [f"{alone['tokens_per_second']:,.0f}", f"{row['scaling']:.2f}"]
         apart = "" if row.get("loss_apart") is None else f"{row['loss_apart']:.4f}"
@@ -185,6 +190,21 @@ def scale_table() -> str:
         last = [apart, f"{row['peak_gib']:.1f} GiB", f"{row['state_gib']:.1f} GiB", whole]
         lines.append(f"| {' | '.join([*first, *speeds, *last])} |")
     return "\n".join([*lines, "", *sources])
+
+
+def noise_table() -> str:
+    """What rounding does to losses, on one GPU and on two."""
+    lines = [
+        "| case | last losses on one GPU | under FSDP2 on two | apart: one GPU | FSDP2 | both | same batches |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    found = [row for row in results("many_gpus")["rows"] if "runs" in row]
+    for row in found:
+        last = [", ".join(f"{curve[-1][1]:.4f}" for curve in row["losses"][kind]) for kind in ("one_gpu", "fsdp2")]
+        kinds = ("one_gpu_apart", "fsdp2_apart", "between_apart", "same_batches_apart")
+        apart = [f"{row[kind]:.4f}" if row[kind] > 1e-4 else f"{row[kind]:.0e}" for kind in kinds]
+        lines.append(f"| {' | '.join([row['case'], *last, *apart])} |")
+    return "\n".join([*lines, "", *dict.fromkeys(f"- {source_line(row)}" for row in found)])
 
 
 def search_table() -> str:
@@ -264,6 +284,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ratios": ratios_table,
     "evaluation": evaluation_table,
     "quality": quality_table,
+    "noise": noise_table,
     "scale": scale_table,
     "search": search_table,
     "stream": stream_table,

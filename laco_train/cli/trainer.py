@@ -86,7 +86,7 @@ from laco_train.training.data import PackedText
 from laco_train.training.fused import check_kernels
 from laco_train.training.memory import is_out_of_memory
 from laco_train.training.module import CausalLM
-from laco_train.training.parallel import check_sizes, gathered, refuse_strategy
+from laco_train.training.parallel import check_sizes, gathered, refuse_strategy, use_our_ddp
 
 
 class RecipeParser(OneLineErrors, LightningArgumentParser):
@@ -259,6 +259,7 @@ class RecipeCLI(LightningCLI):
         if trainer_config.get("enable_progress_bar") is not False:
             callbacks.append(RunProgressBar())
         refuse_strategy(trainer_config.get("strategy") or "auto")
+        use_our_ddp()
         batches = trainer_config.get("accumulate_grad_batches", 1)
         check_static("trainer.accumulate_grad_batches", batches >= 1, f"must be 1 or more, is {batches}")
         try:

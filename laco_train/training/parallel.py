@@ -11,12 +11,13 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import init_empty_weights
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from laco_train.collapse import decoder_of
@@ -30,6 +31,22 @@ KEY = "trainer.strategy"
 
 class ToldByRankZero(SystemExit):
     """Ends a rank because rank 0 failed, and says so itself: nothing is printed here."""
+
+
+class DDPOnOneStream(DDPStrategy):
+    """Lightning's DDP, made on the stream that trains.
+
+    Lightning makes it on a stream of its own, as graphs of whole steps need; each gradient is then handed over to that
+    stream (torch's warning on AccumulateGrad).
+    """
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
+
+
+def use_our_ddp() -> None:
+    """Let the name ddp, which Lightning's auto takes on several devices too, be `DDPOnOneStream`."""
+    StrategyRegistry.register("ddp", DDPOnOneStream, DDPOnOneStream.__doc__, override=True, start_method="popen")
 
 
 def on_rank_zero(trainer: Trainer, work: Callable[[], T]) -> T:

@@ -1,0 +1,67 @@
+"""How a model is wrapped for DDP, and its compiled layers in it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.distributed import destroy_process_group, init_process_group
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
+
+from laco_train.training import parallel
+from laco_train.training.layers import arrange_layers
+from laco_train.training.parallel import DDPOnOneStream, use_our_ddp
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    destroy_process_group()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "auto"])
+def test_lightnings_name_for_it_is_ours(strategy: str) -> None:
+    use_our_ddp()
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    assert type(trainer.strategy) is DDPOnOneStream
+
+
+def test_it_is_made_on_the_stream_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> NoReturn:
+        raise AssertionError("another stream")
+
+    made: list[list[int]] = []
+    monkeypatch.setattr(parallel, "DistributedDataParallel", lambda _, device_ids: made.append(device_ids))
+    monkeypatch.setattr(torch.cuda, "Stream", refused)
+    strategy = DDPOnOneStream()
+    monkeypatch.setattr(strategy, "determine_ddp_device_ids", lambda: [0])
+    strategy._setup_model(nn.Linear(1, 1))
+    assert made == [[0]]
+
+
+def graphs(model: nn.Module, called: nn.Module, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many graphs the compiled layers of `model` are, when `called` calls it."""
+    torch._dynamo.reset()
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compile_(call, backend=counter, **options))
+    arrange_layers(model, compiled=True, recompute=0)
+    monkeypatch.undo()
+    called(input_ids=torch.arange(12)[None], use_cache=False)
+    return counter.frame_count
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_layers_are_not_cut_at_buckets_of_gradients(
+    tiny_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama().train()
+    alone = graphs(model, model, monkeypatch)
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=0.001)
+    assert graphs(model, wrapped, monkeypatch) == alone > 0
