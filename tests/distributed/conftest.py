@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import destroy_process_group, init_process_group
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.cli.runs import KEEP_ALL, Project, Result, Run, environment, make_project
@@ -71,6 +72,14 @@ class Ranks:
     def versions(self) -> list[Path]:
         """Folders of runs."""
         return list(self.project.root.glob("lightning_logs/tiny/version_*"))
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """How a model is wrapped for DDP, and its compiled layers in it."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import pytest
@@ -9,21 +8,12 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
 from laco_train.training import parallel
 from laco_train.training.layers import arrange_layers
 from laco_train.training.parallel import DDPOnOneStream, use_our_ddp
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    yield
-    destroy_process_group()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "auto"])

@@ -1,12 +1,10 @@
 """Compiled and recomputing layers, and the loss without logits, on a sharded model: losses and gradients stay."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 
@@ -14,14 +12,6 @@ from laco_train.training.fused import fused_loss
 from laco_train.training.layers import arrange_layers
 from laco_train.training.loss import Batch, causal_lm_loss
 from laco_train.training.parallel import whole
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    yield
-    destroy_process_group()
 
 
 def some_batch() -> Batch:
