@@ -37,7 +37,8 @@ def run(args: list[str]) -> None:
 
     from laco_train.export import refuse_nonempty
     from laco_train.progress import bar
-    from laco_train.study.curves import arms_of, read_runs
+    from laco_train.study.curves import arms_of
+    from laco_train.study.read import read_runs
 
     output = Path(config.output)
     refuse_nonempty(output, "--output")

@@ -154,7 +154,7 @@ def _find(path: Path, *, adapters: bool) -> Path:
         InputError: it is none of these.
     """
     from laco_train.export.source import KEY
-    from laco_train.study.curves import read_runs, study_folders
+    from laco_train.study.read import read_runs, study_folders
     from laco_train.training.sharded import is_sharded
 
     if path.is_file() or is_sharded(path) or (path / "config.json").is_file():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from laco_train.collapse import CollapsePlan
-from laco_train.study.curves import joined_samples
+from laco_train.study.read import joined_samples
 
 Json = dict[str, Any]
 

@@ -46,20 +46,21 @@ class Spread:
     count: int
 
 
-def loss_at(points: Sequence[Point], tokens: float) -> Reading | None:
+def loss_at(points: Sequence[Point], tokens: float, step: float = 0.0) -> Reading | None:
     """The loss after `tokens` tokens.
 
-    That of the nearest evaluation within `NEAR`, else between the evaluations around it, linear in the logarithm of
-    tokens. At a collapse, the loss after it.
+    That of the nearest evaluation within `NEAR` or half a step, else between the evaluations around it, linear in the
+    logarithm of tokens. At a collapse, the loss after it.
 
     Args:
         points: by rising tokens.
         tokens: 0 or more.
+        step: tokens of an optimizer step, since none can be evaluated between two of them.
 
     Returns:
         None beyond the ends of the curve, and between 0 tokens and the first evaluation, which no logarithm spans.
     """
-    near = [point for point in points if abs(point.tokens - tokens) <= NEAR * tokens]
+    near = [point for point in points if abs(point.tokens - tokens) <= (max(NEAR * tokens, step / 2) if tokens else 0)]
     if near:
         distance = min(abs(point.tokens - tokens) for point in near)
         return Reading([point for point in near if abs(point.tokens - tokens) == distance][-1].loss, False)
@@ -164,7 +165,7 @@ class ArmMeasures:
 
 def arm_loss(arm: Arm, tokens: float) -> ArmLoss | None:
     """Loss of `arm` after `tokens`; None unless every seed tells it."""
-    readings = [reading for run in arm.runs if (reading := loss_at(run.points, tokens)) is not None]
+    readings = [reading for run in arm.runs if (reading := _reading(run, tokens)) is not None]
     found = spread([reading.loss for reading in readings])
     if found is None or found.count < len(arm.runs):
         return None
@@ -187,7 +188,7 @@ def measure(arm: Arm, budget: int, reference: Arm | None, scratch: Arm | None, o
         scratch: the same shape from random weights; None if it was not run.
         original: loss of the original before training; None if unknown.
     """
-    ends = [(run, reading.loss) for run in arm.runs if (reading := loss_at(run.points, budget)) is not None]
+    ends = [(run, reading.loss) for run in arm.runs if (reading := _reading(run, budget)) is not None]
     shares: list[float | None] = []
     inherited: list[float | None] = []
     if original is not None:
@@ -205,10 +206,14 @@ def measure(arm: Arm, budget: int, reference: Arm | None, scratch: Arm | None, o
     )
 
 
+def _reading(run: Run, tokens: float) -> Reading | None:
+    return loss_at(run.points, tokens, run.step_tokens)
+
+
 def _level(arm: Arm, seed: int | None, tokens: int) -> float | None:
     """Loss of the run of `arm` with this seed, which read the same data in the same order; else the mean of all."""
     for run in arm.runs:
-        if run.seed == seed and (reading := loss_at(run.points, tokens)) is not None:
+        if run.seed == seed and (reading := _reading(run, tokens)) is not None:
             return reading.loss
     found = arm_loss(arm, tokens)
     return None if found is None else found.spread.mean

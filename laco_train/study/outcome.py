@@ -6,9 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from laco_train.study.curves import read_runs
 from laco_train.study.locks import is_held
 from laco_train.study.measures import recovered
+from laco_train.study.read import read_runs
 from laco_train.study.report import write_report
 from laco_train.study.run import Study, is_finished
 from laco_train.study.tasks import Task

@@ -17,7 +17,7 @@ from laco_train.analysis.figures import draw
 from laco_train.errors import InputError
 from laco_train.study.accuracy import accuracy_curve, accuracy_tables, columns_of, question_warnings
 from laco_train.study.accuracy_figures import accuracy_pictures
-from laco_train.study.curves import Arm, Run, arms_of, is_finished, read_json, read_runs, study_folders
+from laco_train.study.curves import Arm, Run, arms_of
 from laco_train.study.figures import Line, curve_pictures
 from laco_train.study.findings import by_depth, findings, notes, rivals_of, study_notes
 from laco_train.study.journal import STUDY_FILE
@@ -25,6 +25,7 @@ from laco_train.study.locks import alone
 from laco_train.study.measures import SHARES, ArmMeasures, mean_curve, measure
 from laco_train.study.page import Report, write_pages
 from laco_train.study.ratio_report import write_ratio_report
+from laco_train.study.read import is_finished, read_json, read_runs, study_folders
 from laco_train.study.samples import sample_tables
 from laco_train.study.speed import Speed, Speeds, measure_speeds
 from laco_train.study.tables import Table, count, loss_table, measure_table, size_table

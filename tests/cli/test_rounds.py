@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 from benchmarks.soak import content, curves
 from laco_train.collapse import CollapsePlan
-from laco_train.study.curves import read_runs
+from laco_train.study.read import read_runs
 from tests.cli.processes import kill, start, until
 from tests.cli.runs import RECIPE, Project, Result, events, make_project, scalars
 from tests.evaluation.conftest import mini_suite

@@ -126,11 +126,15 @@ def write_study(
                 values["samples"] = samples(arm)
             write_run(place, values, rate, seed, scratch=arm == "scratch")
     if rounds:
-        run = root / "rounds-seed0/version_0"
-        first, second = losses(6.76, 3.6, 3.2, steps // 2), losses(7.9, 4.3, 3.9, steps // 2)
-        write_run(run / "round_1", summary(first))
-        write_run(run / "round_2", summary(second, depth=15))
+        write_rounds(root / "rounds-seed0/version_0", steps // 2)
     return root
+
+
+def write_rounds(run: Path, steps: int = 30, *, second_rate: float = 3e-4, seed: int = 0) -> Path:
+    """A run in two rounds of so many steps, to 22 and to 15 layers."""
+    write_run(run / "round_1", summary(losses(6.76, 3.6, 3.2, steps)), seed=seed)
+    write_run(run / "round_2", summary(losses(7.9, 4.3, 3.9, steps), depth=15), second_rate, seed)
+    return run
 
 
 def write_ratios(

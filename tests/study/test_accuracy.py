@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from laco_train.evaluation.scores import Estimate
 from laco_train.settings import CollapseSettings
 from laco_train.study.accuracy import accuracy_curve, accuracy_tables, question_warnings
-from laco_train.study.curves import Arm, arms_of, read_runs
+from laco_train.study.curves import Arm, arms_of
+from laco_train.study.read import read_runs
 from laco_train.study.report import write_report
 from laco_train.study.samples import sample_tables
 from laco_train.study.settings import StudySettings

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laco_train.errors import InputError
-from laco_train.study.curves import Point, Segment, arms_of, count_stored, joined, read_runs, study_folders
-from tests.study.fake_runs import losses, summary, write_run, write_study
+from laco_train.study.curves import Point, Segment, arms_of, joined
+from laco_train.study.read import count_stored, read_runs, study_folders
+from tests.study.fake_runs import losses, summary, write_rounds, write_run, write_study
 
 GAPS = st.lists(st.integers(1, 1000), min_size=1, max_size=5)
 
@@ -110,6 +111,27 @@ def test_runs_that_differ_in_seeds_only_are_one_arm(tmp_path: Path) -> None:
     ]
 
 
+def test_the_same_seed_twice_is_two_arms(tmp_path: Path) -> None:
+    for version in range(2):
+        write_run(tmp_path / f"tiny/version_{version}", summary(losses(6.0, 4.0, 3.0, 60)))
+    runs = [run for version in range(2) for run in read_runs(tmp_path / f"tiny/version_{version}")]
+    assert [(arm.name, len(arm.runs)) for arm in arms_of(runs)] == [("tiny/version_0", 1), ("tiny/version_1", 1)]
+
+
+def test_runs_that_differ_in_a_later_round_are_no_seeds_of_one_arm(tmp_path: Path) -> None:
+    for name, rate in (("slow", 1e-4), ("fast", 1e-3)):
+        write_rounds(tmp_path / f"{name}/version_0", second_rate=rate)
+    write_rounds(tmp_path / "fast/version_1", second_rate=1e-3, seed=1)
+    write_run(tmp_path / "once/version_0", summary(losses(6.76, 3.6, 3.2, 30)))  # as the first round of all
+    places = ["slow/version_0", "fast/version_0", "fast/version_1", "once/version_0"]
+    arms = arms_of([run for place in places for run in read_runs(tmp_path / place)])
+    assert [(arm.name, [run.seed for run in arm.runs]) for arm in arms] == [
+        ("slow", [0]),
+        ("fast", [0, 1]),
+        ("laco", [0]),
+    ]
+
+
 def test_runs_of_one_strategy_have_the_names_of_their_recipes(tmp_path: Path) -> None:
     places = [("once", 0, 1e-3), ("three", 0, 2e-3), ("three", 1, 3e-3)]
     for name, version, rate in places:
@@ -166,5 +188,5 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
 
 
 def test_reading_needs_no_torch() -> None:
-    code = "import sys, laco_train.study.curves, laco_train.study.measures; assert 'torch' not in sys.modules"
+    code = "import sys, laco_train.study.read, laco_train.study.measures; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from laco_train.study.curves import arms_of, read_runs
+from laco_train.study.curves import arms_of
 from laco_train.study.measures import measure
+from laco_train.study.read import read_runs
 from laco_train.study.tables import loss_table
 from tests.cli.runs import Project
 from tests.study.studies import Outcome, study_of, write_recipe

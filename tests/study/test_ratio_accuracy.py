@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from laco_train.study.curves import read_runs
 from laco_train.study.ratio_accuracy import MeanAccuracies, mean_accuracies
 from laco_train.study.ratio_accuracy_figures import mean_accuracy_pictures
 from laco_train.study.ratio_accuracy_tables import accuracy_findings, accuracy_notes, mean_accuracy_tables
 from laco_train.study.ratios import over_ratios
+from laco_train.study.read import read_runs
 from laco_train.study.report import write_report
 from laco_train.study.tables import Table
 from tests.study.fake_runs import DEPTHS, accuracies, summary, write_ratios, write_run

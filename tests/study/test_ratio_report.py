@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from laco_train.study.curves import arms_of, read_runs
+from laco_train.study.curves import arms_of
 from laco_train.study.ratio_figures import number, ratio_pictures
 from laco_train.study.ratio_tables import ratio_findings, ratio_tables
 from laco_train.study.ratios import over_ratios
+from laco_train.study.read import read_runs
 from laco_train.study.report import write_report
 from tests.study.fake_runs import ARMS, DEPTHS, PARAMETERS, summary, write_ratios, write_run
 

@@ -8,10 +8,10 @@ import yaml
 
 from laco_train.errors import InputError
 from laco_train.settings import ModelSettings
-from laco_train.study.curves import read_runs
 from laco_train.study.depths import depth_at, depths_at
 from laco_train.study.journal import STUDY_FILE
 from laco_train.study.outcome import print_outcome
+from laco_train.study.read import read_runs
 from laco_train.study.settings import StudySettings
 from laco_train.study.tasks import tasks
 from tests.cli.runs import Project

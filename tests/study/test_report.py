@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from laco_train.errors import InputError
-from laco_train.study.curves import arms_of, read_runs
+from laco_train.study.curves import arms_of
 from laco_train.study.figures import decades, spaced
+from laco_train.study.read import read_runs
 from laco_train.study.report import Comparison, compare, report_findings, report_tables, write_comparison, write_report
 from laco_train.study.speed import Speed, measure_speeds
 from laco_train.study.tables import count, percent
 from laco_train.study.unlike import validation_warning
-from tests.study.fake_runs import BUDGET, losses, summary, write_run, write_study
+from tests.study.fake_runs import BUDGET, STEP, losses, summary, write_rounds, write_run, write_study
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +193,25 @@ def test_an_arm_without_an_evaluation_that_early_is_left_open(tmp_path: Path) ->
     assert report_tables(found)[0].rows[1][-1] == "-"
     assert report_findings(found) == ["laco ends at 5.500 nats per token after 98.3k tokens."]
     assert found.best == ["laco"]
+
+
+def test_rounds_stand_beside_a_run_at_once(tmp_path: Path) -> None:
+    """Whose collapse and rate are those of the first round, and whose tokens those of both."""
+    rounds = write_rounds(tmp_path / "rounds/version_0")
+    once = write_run(tmp_path / "once/version_0", summary(losses(6.76, 3.6, 3.2, 60)))
+    write_comparison(compared(rounds, once), tmp_path / "report")
+    arms = json.loads((tmp_path / "report/report.json").read_text())["arms"]
+    assert {arm["name"]: (arm["depth"], arm["losses"][-1][0]) for arm in arms} == {
+        "laco in 2 rounds": (15, 60 * STEP),
+        "laco": (22, 60 * STEP),
+    }
+
+
+def test_a_share_between_two_steps_is_read_at_the_nearer_one(tmp_path: Path) -> None:
+    """A hundredth of 320 steps: 3.2 of them."""
+    run = write_run(tmp_path / "l", summary([(0, 6.0), (3, 5.0), (320, 3.0)]))
+    table = report_tables(compared(run))[0]
+    assert table.header[3] == "1% (105k)" and table.rows[0][3] == "5.000"
 
 
 def test_exports_alone(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from benchmarks.soak import content, curves
 from laco_train.errors import TrainingStopped
-from laco_train.study.curves import read_runs
 from laco_train.study.journal import STUDY_FILE
 from laco_train.study.outcome import print_outcome
+from laco_train.study.read import read_runs
 from laco_train.study.unlike import unlike
 from tests.cli.runs import Project, environment
 from tests.cli.test_help import PROBE
