@@ -260,6 +260,8 @@ def row_of(quality: Quality, job: Job) -> dict[str, Any]:
         "collapse_seconds": None if job.arm == "optipfair" else s["search_seconds"] + refined,  # its own is not timed
         "flops_per_token": s["flops_per_token"],
         "original": s["losses"].get("original"),
+        "train_sha256": s["data"]["train"]["sha256"],
+        "validation_sha256": s["data"]["validation"]["sha256"],
         "losses": [[point["tokens"], point["loss"]] for point in s["validation"]],
     }
 

@@ -71,9 +71,9 @@ def study_table() -> str:
     ]
     for arm in sorted(found["arms"], key=lambda arm: (arm["name"] != "original", arm["losses"][-1][1])):
         whole = arm["losses"][-1][0]
-        # the nearest step to a share of the budget: the one to 1% of it has been rounded up at some commits
+        # the step nearest to a share of the budget; that to 1% of it, 3.2 steps, was the fourth at some commits
         nearest = [min(arm["losses"], key=lambda at: abs(at[0] - share * whole)) for share in STUDIED]
-        losses = [f"{loss:.3f}" for _, loss in nearest]
+        losses = [f"{loss:.3f}" + ("°" if tokens == 98_304 else "") for tokens, loss in nearest]
         shares = [arm["recovered"], arm["inheritance"]]
         cells = ["" if share is None else f"{100 * share:.0f}%" for share in shares]
         reached = [at["tokens"] for at in arm["tokens_to_original"] if at is not None]
@@ -81,7 +81,8 @@ def study_table() -> str:
         if arm["name"] == "original":
             cells[:2] = ["", ""]
         lines.append(f"| {arm['name']} | {arm['depth']} | {arm['learning_rate']:g} | {' | '.join([*losses, *cells])} |")
-    return "\n".join([*lines, "", *place_lines(found["arms"], "study_smollm2")])
+    about = "0.1M tokens: 131,072, °: 98,304."
+    return "\n".join([*lines, "", about, "", *place_lines(found["arms"], "study_smollm2")])
 
 
 def ratios_table() -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from common import RESULTS, header
 
 KEYS = ("name", "depth", "parameters", "learning_rate", "seeds", "losses", "recovered", "inheritance")
-KEYS += ("tokens_to_original", "speed")
+KEYS += ("tokens_to_original", "speed", "train_sha256", "validation_sha256")
 
 
 def arms_of(report: Path) -> list[dict[str, Any]]:

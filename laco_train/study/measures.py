@@ -146,7 +146,7 @@ class ArmMeasures:
         arm: whose.
         losses: at `SHARES` of the budget; None where a curve tells nothing.
         reached: of each seed, when it is back at the original's starting loss; None: never.
-        recovered: at the budget; counted from the last collapse.
+        recovered: at the budget; counted from the last collapse, so None for random weights.
         inheritance: at the budget; against scratch and the reference of the same seed, where there are such.
     """
 
@@ -191,7 +191,7 @@ def measure(arm: Arm, budget: int, reference: Arm | None, scratch: Arm | None, o
     ends = [(run, reading.loss) for run in arm.runs if (reading := _reading(run, budget)) is not None]
     shares: list[float | None] = []
     inherited: list[float | None] = []
-    if original is not None:
+    if original is not None and not arm.runs[0].from_scratch:
         shares = [recovered(_last_start(run, budget).loss, end, original) for run, end in ends]
     if reference is not None and scratch is not None:
         for run, end in ends:

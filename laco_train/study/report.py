@@ -242,6 +242,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "parameters": run.parameters,
                 "learning_rate": run.learning_rate,
                 "seeds": [one.seed for one in arm.runs],
+                "train_sha256": run.train_sha256,
+                "validation_sha256": run.validation_sha256,
                 "losses": [[p.tokens, p.loss] for segment in mean_curve(arm) for p in segment],
                 "recovered": None if measured is None or measured.recovered is None else measured.recovered.mean,
                 "inheritance": None if measured is None or measured.inheritance is None else measured.inheritance.mean,
