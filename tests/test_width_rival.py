@@ -1,5 +1,6 @@
 """The width-pruned rival: `pip install --no-deps torch-pruning==1.6.1`, `pytest tests/test_width_rival.py`."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("torch_pruning")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from width import least, prune_attention, prune_mlp, taylor, width_pruned
+from width import least, prune_attention, prune_mlp, taylor, trained, width_pruned
 
 IDS = torch.arange(24).view(2, 12) % 40
 
@@ -66,3 +67,19 @@ def test_a_pruned_model_is_saved_and_loaded_at_the_size_asked_for(tmp_path):
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
     with torch.no_grad():
         assert torch.equal(again(input_ids=IDS).logits, pruned(input_ids=IDS).logits)
+
+
+def test_what_training_made_of_it(tmp_path: Path) -> None:
+    run = tmp_path / "width_0.27" / "version_0"
+    run.mkdir(parents=True)
+    scores = [
+        {"tokens": tokens, "task": task, "value": value, "error": 0.01}
+        for tokens, task, value in ((0, "piqa", 0.5), (64, "piqa", 0.6), (64, "sciq", 0.8))
+    ]
+    validation = [{"tokens": 0, "loss": 8.0}, {"tokens": 64, "loss": 3.5}]
+    summary = {"parameters": {"after": 7}, "depth": 30, "validation": validation, "evaluation": scores}
+    (run / "summary.json").write_text(json.dumps(summary))
+    row = trained(run)
+    assert (row["case"], row["ratio"], row["loss"]) == ("width at 0.27, trained", 0.27, 3.5)
+    assert row["accuracies"] == {"piqa": [0.6, 0.01], "sciq": [0.8, 0.01]}
+    assert row["mean_accuracy"] == pytest.approx(0.7)
