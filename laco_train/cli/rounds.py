@@ -201,6 +201,7 @@ class FitCLI(RecipeCLI):
                 raise RunIsFinished(f"{folder} is finished: there is nothing to resume.")
             if not getattr(rank_zero_only, "rank", 0):
                 run.hold()
+                earlier.tidy()  # the last export is written here, not in its round's folder
         elif given.resume is not None:
             say(f"No run has begun in {logs / self.recipe} yet: this one is the first.")
         return run
@@ -216,15 +217,15 @@ class FitCLI(RecipeCLI):
             print(f"Disk: {check_room(wanted, run.folder)}", flush=True)
         for index in range(run.next(), len(run.rounds)):
             if first:
+                if index > 0:
+                    self._record(index)  # here, as a run may have been killed before it had
                 print(f"Round {index + 1} of {len(run.rounds)}: {run.folder_of(index)}", flush=True)
             done = RoundCLI([*self.arguments, *self._changes(index)], self.recipe, run, index)
             if done.trainer.interrupted:
                 return
             del done
             free_memory()
-            if first:
-                self._record(index + 1)
-            else:
+            if not first:
                 wait_for(run, index)
         if first:
             self._finish()
@@ -249,7 +250,7 @@ class FitCLI(RecipeCLI):
         return [f"--{key}={value}" for key, value in changes.items()]
 
     def _record(self, count: int) -> None:
-        """After each round; what the round no longer needs goes if the recipe says so."""
+        """After `count` rounds, again where a run goes on; what they no longer need goes if the recipe says so."""
         assert self.run is not None
         run = self.run
         records = {"source": self.source.source, "rounds": round_records(run.summaries(count))}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from benchmarks.soak import content, curves
 from laco_train.collapse import CollapsePlan
 from laco_train.study.read import read_runs
-from tests.cli.processes import kill, start, until
+from tests.cli.processes import Moment, ended, kill, start, until
 from tests.cli.runs import RECIPE, Project, Result, events, make_project, scalars
 from tests.evaluation.conftest import mini_suite
 
@@ -26,6 +27,7 @@ ROUNDS: list[dict[str, Any]] = [
 ]
 STEPS = (6, 8)  # of 64 tokens
 FIT = ["fit", "--recipe", "rounds.yaml"]
+RESUME = [*FIT, "--resume", "auto"]
 
 
 def rounds_recipe(project: Project) -> Project:
@@ -291,16 +293,24 @@ def batches(root: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def left(folder: Path) -> set[str]:
+    """Names of all files of a folder of rounds; those of events tell the time."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("events.")]
+    return {str(path.relative_to(folder)) for path in paths}
+
+
 def same_folder(one: Path, other: Path) -> None:
     """Assert that two folders of rounds hold the same, but for what the clock says."""
-    for k in (1, 2):
-        assert curves(one / f"round_{k}") == curves(other / f"round_{k}")
-    names = [path.relative_to(one) for path in one.rglob("*") if "export" in path.parts or path.suffix == ".json"]
-    files = [name for name in names if (one / name).is_file()]
-    assert len(files) > 20
-    assert [str(name) for name in files if content(one / name) != content(other / name)] == []
-    for k in (1, 2):
-        (mine,), (theirs,) = ((folder / f"round_{k}" / "checkpoints").iterdir() for folder in (one, other))
+    names = left(one)
+    assert names == left(other)
+    assert "export/model.safetensors" in names
+    plain = [name for name in names if "export" in Path(name).parts or name.endswith(".json")]
+    assert [name for name in plain if content(one / name) != content(other / name)] == []
+    rounds = sorted(path.name for path in one.glob("round_*"))
+    assert len(rounds) > 1
+    for name in rounds:
+        assert curves(one / name) == curves(other / name)
+        (mine,), (theirs,) = ((folder / name / "checkpoints").iterdir() for folder in (one, other))
         first, second = (torch.load(path, weights_only=True)["state_dict"] for path in (mine, theirs))
         assert first.keys() == second.keys()
         assert [name for name in first if not torch.equal(first[name], second[name])] == []
@@ -309,22 +319,85 @@ def same_folder(one: Path, other: Path) -> None:
 # in round 1 after a checkpoint; once round 1 is at its end; in round 2 before and after its first checkpoint
 @pytest.mark.parametrize("second", ["between the rounds", "2", "5"])
 def test_killed_twice_it_ends_like_an_unbroken_run(own: Project, folder: Path, second: str) -> None:
-    root, run, resume = own.root, own.root / "lightning_logs" / "rounds" / "version_0", [*FIT, "--resume", "auto"]
-    process = start(root, resume)
+    root, run = own.root, own.root / "lightning_logs" / "rounds" / "version_0"
+    process = start(root, RESUME)
     until(process, lambda: batches(root) >= 5)
     kill(process)
     assert (run / "round_1" / "checkpoints").is_dir() and not (run / "round_1" / "summary.json").exists()
-    process = start(root, resume)
+    process = start(root, RESUME)
     until(process, (run / "round_1" / "summary.json").exists)
     if second != "between the rounds":
         begun = batches(root)
         until(process, lambda: batches(root) >= begun + int(second))
     kill(process)
     assert not (run / "round_2" / "summary.json").exists()
-    process = start(root, resume)
-    process.join()
-    assert process.exitcode == 0, (root / "output.txt").read_text()
+    assert ended(start(root, RESUME)) == 0, (root / "output.txt").read_text()
     same_folder(folder, run)
+
+
+AFTER_TRAINING = {
+    "export half written": Moment("open", r"version_0/export\.partial-\d+/tokenizer_config\.json"),
+    "export proven, without its card": Moment("open", r"version_0/export\.partial-\d+/README\.md"),
+    "export whole, without its name": Moment("os.rename", "version_0/export"),
+    "no summary of the last round": Moment("os.rename", r"round_2/summary\.json"),
+    "no plan of all rounds": Moment("os.rename", r"version_0/collapse_plan\.json"),
+    "no record of the last round": Moment("os.rename", r"version_0/rounds\.json", time=2),  # once as it goes on
+    "no summary of all rounds": Moment("os.rename", r"version_0/summary\.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """A project whose run was killed while it wrote the last export."""
+    root = tmp_path_factory.mktemp("trained") / "p"
+    rounds_recipe(make_project(root, tiny_llama(), tiny_tokenizer))
+    end = AFTER_TRAINING["export half written"]
+    assert ended(start(root, RESUME, end)) == -signal.SIGKILL, (root / "output.txt").read_text()
+    assert batches(root) == sum(STEPS)
+    return root
+
+
+@pytest.mark.parametrize("second", AFTER_TRAINING.values(), ids=AFTER_TRAINING)
+def test_killed_twice_after_training_it_ends_like_an_unbroken_run(
+    trained: Path, folder: Path, tmp_path: Path, second: Moment
+) -> None:
+    root = shutil.copytree(trained, tmp_path / "p")
+    run = root / "lightning_logs" / "rounds" / "version_0"
+    assert ended(start(root, RESUME, second)) == -signal.SIGKILL, (root / "output.txt").read_text()
+    assert not (run / "summary.json").exists()
+    assert ended(start(root, RESUME)) == 0, (root / "output.txt").read_text()
+    assert batches(root) == sum(STEPS)  # no step was done twice
+    same_folder(folder, run)
+
+
+def test_killed_while_exports_between_rounds_go(own: Project) -> None:
+    """Once after round 2 of 3, then as round 3 begins, and once at the end."""
+    rounds = [{"target_depth": depth, "max_tokens": 192} for depth in (5, 4, 3)]
+    more = [f"--rounds={json.dumps(rounds)}", "--export.keep_rounds=false"]
+    unbroken = fitted(own, *more).rename(own.root / "unbroken")
+    root, run = own.root, own.root / "lightning_logs" / "rounds" / "version_0"
+    removing = Moment("os.remove", r"^[^/]+\.json", time=3)  # shutil.rmtree's, which have no folder
+
+    def killed(end: Moment) -> int:
+        """Rounds on record then."""
+        assert ended(start(root, [*RESUME, *more], end)) == -signal.SIGKILL, (root / "output.txt").read_text()
+        return len(read(run / "rounds.json")["rounds"])
+
+    def half_removed(export: Path) -> bool:
+        return 0 < len(list(export.iterdir())) < len(list((unbroken / "export").iterdir()))
+
+    assert killed(removing) == 2
+    assert half_removed(run / "round_1" / "export")
+    assert killed(Moment("open", r"batches-0\.txt")) == 2
+    assert not (run / "round_1" / "export").exists()
+    assert killed(removing) == 3
+    assert half_removed(run / "round_2" / "export")
+    assert ended(start(root, [*RESUME, *more])) == 0, (root / "output.txt").read_text()
+    same_folder(unbroken, run)
 
 
 def test_tasks_and_samples_go_on_from_round_to_round(own: Project, mini_suite: Path) -> None:
