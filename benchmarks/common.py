@@ -47,7 +47,8 @@ def run_or_say(parser: ArgumentParser, run: Callable[[Namespace], None]) -> None
 
 def name_files() -> None:
     """Leave the folders of files and folders on the command line, which is parsed, out of what results say of it."""
-    sys.argv[1:] = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+    parts = [word.rpartition("=") for word in sys.argv[1:]]  # of --key=PATH too
+    sys.argv[1:] = [key + sign + (Path(value).name if Path(value).exists() else value) for key, sign, value in parts]
 
 
 def machine() -> str:

@@ -13,10 +13,10 @@ Cases:
     7b_noise: what rounding alone does to its losses: both on two GPUs and on one the same steps in batches of 4, 2 and
         1, and with other random numbers.
     13b: the Llama-2-13B shape, from 40 layers to 35, under FSDP2 on all GPUs.
-    135m: SmolLM2-135M under DDP, each GPU with the batches that one has alone.
     135m_noise: the same for SmolLM2-135M's real weights, in bfloat16 and in float32.
+    135m: SmolLM2-135M under DDP, each GPU with the batches that one has alone.
 
-Random numbers round small updates of bfloat16 weights. Runs of the last kind may share GPUs: their speed is not told.
+Random numbers round small updates of bfloat16 weights. Runs of the noise cases may share GPUs: their speed is not told.
 """
 
 import argparse
@@ -326,7 +326,7 @@ def case_7b_noise(place: Place) -> None:
 
 
 def case_135m_noise(place: Place) -> None:
-    """Real weights, all runs at once."""
+    """Real weights, all runs of a kind at once."""
     recipe, runs = "smollm2_135m_collapse.yaml", dict[str, dict[str, list[Job]]]()
     for precision in ("32-true", "bf16-true"):
         # float32 is not rounded by random numbers
@@ -359,8 +359,8 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, required=True, help="folder for weights and runs; 150 GB for the 7b case")
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}")
     options = parser.parse_args()
-    name_files()
     options.work.mkdir(parents=True, exist_ok=True)
+    name_files()
     for chosen in options.cases or CASES:
         needed, run = CASES[chosen]
         if torch.cuda.device_count() < needed:

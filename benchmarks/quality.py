@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import RESULTS, header
+from common import RESULTS, header, name_files
 
 from laco_train.files import write_whole
 from laco_train.recipes import find_recipe
@@ -121,6 +121,13 @@ class Quality:
     def teacher(self) -> Path:
         """The original trained on, exported."""
         return self.folder(self.teaching) / "export"
+
+    @property
+    def teacher_loss(self) -> float:
+        """Its last loss."""
+        summary = json.loads((self.teacher.parent / "summary.json").read_text(encoding="utf-8"))
+        found: float = summary["validation"][-1]["loss"]
+        return found
 
     def is_ready(self, job: Job) -> bool:
         """Whether its learning rate is known, or it is the one that chooses it; and whether its teacher is there."""
@@ -262,6 +269,7 @@ def row_of(quality: Quality, job: Job) -> dict[str, Any]:
         "original": s["losses"].get("original"),
         "train_sha256": s["data"]["train"]["sha256"],
         "validation_sha256": s["data"]["validation"]["sha256"],
+        "teacher_loss": quality.teacher_loss if job.objective == "distilled" else None,
         "losses": [[point["tokens"], point["loss"]] for point in s["validation"]],
     }
 
@@ -294,7 +302,7 @@ def of_run(job: Job) -> dict[str, Any] | None:
 def append(row: dict[str, Any]) -> None:
     """Add `row` to quality.json, with a header unless it is of another run, in place of an earlier one of its key.
 
-    A run made again, as the teacher is where its weights are gone, takes the rate that the earlier one's sweep chose.
+    A run made again, as the teacher is where its weights are gone, was not swept: it keeps what the earlier one tried.
     """
     now, others = {**header(), **row}, []
     for kept in all_rows():
@@ -364,6 +372,7 @@ def main() -> None:
     parser.add_argument("--rates", default=",".join(map(str, RATES)), help="learning rates to choose from")
     options, shared = parser.parse_known_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    name_files()
     seeds, rates = tuple(map(int, options.seeds.split(","))), tuple(map(float, options.rates.split(",")))
     quality = Quality(options.work.resolve(), tuple(shared), seeds, rates)
     asked = (tuple(options.arms.split(",")), tuple(map(int, options.depths.split(","))))

@@ -71,7 +71,7 @@ def study_table() -> str:
     ]
     for arm in sorted(found["arms"], key=lambda arm: (arm["name"] != "original", arm["losses"][-1][1])):
         whole = arm["losses"][-1][0]
-        # the step nearest to a share of the budget; that to 1% of it, 3.2 steps, was the fourth at some commits
+        # the step nearest to a share of the budget; that to 1% of it, 3.2 steps, was rounded up at 8f3dd29
         nearest = [min(arm["losses"], key=lambda at: abs(at[0] - share * whole)) for share in STUDIED]
         losses = [f"{loss:.3f}" + ("°" if tokens == 98_304 else "") for tokens, loss in nearest]
         shares = [arm["recovered"], arm["inheritance"]]

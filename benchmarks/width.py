@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
+import yaml
 from common import append_rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -199,6 +200,7 @@ class Bench:
 def trained(run: Path) -> dict[str, Any]:
     """A row of a run of `fit` that trained a model of `width`, which its name tells the ratio of."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     ratio, last = float(run.resolve().parent.name.removeprefix("width_")), summary["validation"][-1]
     found = {
         score["task"]: [score["value"], score["error"]]
@@ -215,6 +217,8 @@ def trained(run: Path) -> dict[str, Any]:
         "accuracies": found,
         "mean_accuracy": fmean(value for value, _ in found.values()) if found else None,
         "trained_tokens": last["tokens"],
+        "learning_rate": config["model"]["optimizer"]["learning_rate"],
+        "questions": config["evaluation"]["limit"],
     }
 
 
@@ -237,6 +241,10 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder for models that Transformers loads")
     parser.add_argument("--output", help="name of the results file; none: print only")
     options = parser.parse_args()
+    if options.trained and not options.output:
+        parser.error("--trained needs --output")
+    if unknown := set(options.models.split(",")) - set(MODELS):
+        parser.error(f"--models: no {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
     if options.trained:
         append_rows(options.output, [trained(run) for run in options.trained])
         return

@@ -79,7 +79,9 @@ def test_what_training_made_of_it(tmp_path: Path) -> None:
     validation = [{"tokens": 0, "loss": 8.0}, {"tokens": 64, "loss": 3.5}]
     summary = {"parameters": {"after": 7}, "depth": 30, "validation": validation, "evaluation": scores}
     (run / "summary.json").write_text(json.dumps(summary))
+    (run / "config.yaml").write_text("model: {optimizer: {learning_rate: 3.0e-4}}\nevaluation: {limit: 300}\n")
     row = trained(run)
     assert (row["case"], row["ratio"], row["loss"]) == ("width at 0.27, trained", 0.27, 3.5)
     assert row["accuracies"] == {"piqa": [0.6, 0.01], "sciq": [0.8, 0.01]}
     assert row["mean_accuracy"] == pytest.approx(0.7)
+    assert (row["learning_rate"], row["questions"]) == (3e-4, 300)

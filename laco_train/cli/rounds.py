@@ -171,7 +171,7 @@ class FitCLI(RecipeCLI):
         super().__init__(args, recipe)
 
     def instantiate_classes(self) -> None:
-        """Without rounds as any fit; else check them while nothing is written."""
+        """Without rounds as any fit; else check them while nothing is written, and take hold of a run that goes on."""
         if self.config["fit"].rounds is None:
             super().instantiate_classes()
             return

@@ -133,7 +133,7 @@ def _named(folder: Path, configs: Sequence[dict[str, Any]], strategy: str) -> tu
     if found := RUN_FOLDER.fullmatch(place.parent.name):
         return found["arm"], f"{place.parent.parent}/{found['arm']}", int(found["seed"])
     seed = configs[0].get("seed_everything")
-    alike = [_without_seed(config) for config in configs]
+    alike = [_without_seed(config, later=number > 0) for number, config in enumerate(configs)]
     group = json.dumps(alike, sort_keys=True, default=str) if configs[0] else str(place)
     rounds = len(configs)
     name = "original" if strategy == "none" else strategy if rounds == 1 else f"{strategy} in {rounds} rounds"
@@ -142,14 +142,15 @@ def _named(folder: Path, configs: Sequence[dict[str, Any]], strategy: str) -> tu
     return name, group, seed if isinstance(seed, int) else None
 
 
-def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
-    """What runs that differ in their seeds only share."""
+def _without_seed(config: dict[str, Any], *, later: bool) -> dict[str, Any]:
+    """What runs that differ in their seeds only share; a `later` round begins with what the run itself exported."""
+    model = {key: value for key, value in config.get("model", {}).items() if not (later and key == "source")}
     data = {key: value for key, value in config.get("data", {}).items() if key != "seed"}
     trainer = {
         key: value for key, value in config.get("trainer", {}).items() if key not in ("logger", "default_root_dir")
     }
     rest = {key: value for key, value in config.items() if key not in _NO_SETTING}
-    return {**rest, "data": data, "trainer": trainer}
+    return {**rest, "model": model, "data": data, "trainer": trainer}
 
 
 def _read_export(folder: Path) -> Run:

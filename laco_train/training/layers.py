@@ -37,7 +37,7 @@ def arrange_layers(model: nn.Module, *, compiled: bool, recompute: int) -> None:
 
 
 def _compiled(call: Callable[..., Any]) -> Callable[..., Any]:
-    # under DDP a graph would be cut wherever a bucket of gradients ends; whole layers overlap with their sum as well
+    # in the whole process: else Dynamo cuts a layer's graph wherever a bucket of DDP's gradients ends
     torch._dynamo.config.optimize_ddp = False
     compiled: Callable[..., Any] = torch.compile(call, dynamic=False)
     return compiled

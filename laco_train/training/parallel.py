@@ -45,7 +45,10 @@ class DDPOnOneStream(DDPStrategy):
 
 
 def use_our_ddp() -> None:
-    """Let the name ddp, which Lightning's auto takes on several devices too, be `DDPOnOneStream`."""
+    """Let the name ddp, which Lightning's auto takes on several devices too, be `DDPOnOneStream`.
+
+    Other names, such as ddp_spawn, and the class itself stay Lightning's.
+    """
     StrategyRegistry.register("ddp", DDPOnOneStream, DDPOnOneStream.__doc__, override=True, start_method="popen")
 
 

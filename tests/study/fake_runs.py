@@ -133,7 +133,10 @@ def write_study(
 def write_rounds(run: Path, steps: int = 30, *, second_rate: float = 3e-4, seed: int = 0) -> Path:
     """A run in two rounds of so many steps, to 22 and to 15 layers."""
     write_run(run / "round_1", summary(losses(6.76, 3.6, 3.2, steps)), seed=seed)
-    write_run(run / "round_2", summary(losses(7.9, 4.3, 3.9, steps), depth=15), second_rate, seed)
+    second = write_run(run / "round_2", summary(losses(7.9, 4.3, 3.9, steps), depth=15), second_rate, seed)
+    config = yaml.safe_load((second / "config.yaml").read_text())
+    config["model"]["source"] = str(run / "round_1" / "export")
+    (second / "config.yaml").write_text(yaml.safe_dump(config))
     return run
 
 

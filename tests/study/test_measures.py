@@ -113,6 +113,9 @@ def test_interpolation_is_marked_and_linear_in_log_tokens() -> None:
     assert near is not None
     assert (near.loss, near.interpolated) == (5.0, False)
     assert loss_at(curve, 50) is None  # between 0 tokens and the first evaluation
+    assert loss_at(curve, 30, step=100) is None  # nearest to the loss before training, which is none after it
+    step = loss_at(curve, 60, step=100)
+    assert step is not None and (step.loss, step.interpolated) == (5.0, False)
     assert loss_at(curve, 20_000) is None
 
 
