@@ -122,7 +122,7 @@ def _figure(lines: Sequence[Line], original: float | None, axis: _Axis, lower: b
     for line, look in zip(lines, drawn_as, strict=True):
         _mark_collapses(axes, line, look, axis)
     label_ends(axes, ends)
-    axes.set_ylabel("validation loss (nats per token)")
+    axes.set_ylabel("validation loss (nats per token" + (", log)" if axes.get_yscale() == "log" else ")"))
     axes.set_xlabel(axis.label)
     axes.grid(alpha=0.5)
     axes.set_axisbelow(True)

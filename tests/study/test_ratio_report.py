@@ -102,7 +102,7 @@ def test_compare_tells_ratios_apart(tmp_path: Path) -> None:
     assert len(names) == len(set(names)) == 1 + 8 * len(DEPTHS)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("arms", [("sleb",), ("sleb", "tail")])
 @pytest.mark.parametrize("percents", [(10,), (10, 50)])
 def test_one_arm_or_one_ratio_has_room_about_it(
