@@ -12,8 +12,8 @@ Cases:
     7b_four: the same on 4 GPUs, without these.
     7b_noise: what rounding alone does to its losses: both on two GPUs and on one the same steps in batches of 4, 2 and
         1, and with other random numbers.
-    13b: the Llama-2-13B shape, from 40 layers to 35, under FSDP2 on all GPUs.
     135m_noise: the same for SmolLM2-135M's real weights, in bfloat16 and in float32.
+    13b: the Llama-2-13B shape, from 40 layers to 35, under FSDP2 on all GPUs.
     135m: SmolLM2-135M under DDP, each GPU with the batches that one has alone.
 
 Random numbers round small updates of bfloat16 weights. Runs of the noise cases may share GPUs: their speed is not told.

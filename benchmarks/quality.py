@@ -42,6 +42,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "last_layers": {"model": {"method": "last_layers", "last_layers": 6}},
 }
 """What of `best` is otherwise: its windows or its divergence left out, three times as many tokens, less trained."""
+BEST_ELSEWHERE = "shortgpt"  # strategy of best at other depths than that of SWEPT, by the comment in its recipe
 ELSEWHERE = "one_block"  # the recipe's strategy for SWEPT at the other depths, plain loss
 RATED_AS_BEST = ("together", "windows", "million", ELSEWHERE)  # not swept
 ORIGINAL = 30  # its layers
@@ -169,7 +170,7 @@ class Quality:
         if job.arm in ("best", ELSEWHERE, *PARTS):
             best = read_recipe("best")["collapse"] | {"target_depth": job.depth}
             if job.arm == "best" and job.depth != SWEPT[1]:
-                best["strategy"] = "shortgpt"
+                best["strategy"] = BEST_ELSEWHERE
             return overlaid({"collapse": best}, PARTS.get(job.arm, {}))
         if job.arm == "optipfair":
             return {"collapse": {"remove": optipfair(job.depth, self.work)}}

@@ -60,7 +60,8 @@ def loss_at(points: Sequence[Point], tokens: float, step: float = 0.0) -> Readin
     Returns:
         None beyond the ends of the curve, and between 0 tokens and the first evaluation, which no logarithm spans.
     """
-    alike = [point for point in points if (point.tokens > 0) == (tokens > 0)]  # no step before the first is half of it
+    # the model before training is none after half a step
+    alike = [point for point in points if (point.tokens > 0) == (tokens > 0)]
     near = [point for point in alike if abs(point.tokens - tokens) <= max(NEAR * tokens, step / 2)]
     if near:
         distance = min(abs(point.tokens - tokens) for point in near)

@@ -82,7 +82,7 @@ def test_json_holds_the_measures(report: Path) -> None:
     assert arms["scratch"]["inheritance"] == pytest.approx(0)
     assert arms["original"]["inheritance"] == pytest.approx(1)
     assert arms["rounds"]["inheritance"] is None  # no random weights of 15 layers
-    assert arms["original"]["recovered"] is None
+    assert arms["original"]["recovered"] is None and arms["scratch"]["recovered"] is None  # neither was collapsed
     assert arms["laco"]["losses"][0][0] == 0
     assert arms["laco"]["losses"][-1][0] == values["budget"]
     assert arms["laco"]["learning_rate"] == 3e-4
