@@ -54,12 +54,18 @@ def test_a_resume_from_one_file_is_an_unbroken_run(ranks: Ranks, in_one_file: Ru
     assert losses(resumed) == losses(in_one_file)
 
 
-def test_a_run_stopped_by_a_signal_goes_on_from_its_shards(ranks: Ranks, fsdp2: Run) -> None:
-    stop = ["--trainer.callbacks+=tests.distributed.faults.TerminatedAt", "--trainer.callbacks.step=2"]
-    fit = ["fit", "--recipe", "tiny.yaml", *DATA, *FSDP2, *stop, "--name", "stopped", "--resume", "auto"]
+@pytest.mark.parametrize(
+    ("during", "after"),
+    # the ranks know of each other one step later; told during the last one, they know at its end
+    [(2, 4), (5, 6)],
+)
+def test_a_run_stopped_by_a_signal_goes_on_from_its_shards(ranks: Ranks, fsdp2: Run, during: int, after: int) -> None:
+    name = f"stopped_{during}"
+    stop = ["--trainer.callbacks+=tests.distributed.faults.TerminatedAt", f"--trainer.callbacks.step={during}"]
+    fit = ["fit", "--recipe", "tiny.yaml", *DATA, *FSDP2, *stop, "--name", name, "--resume", "auto"]
     first = ranks(*fit, launcher=TORCHRUN)
-    assert "SIGTERM: stopped after step 3" in first.out, first.err
-    (folder,) = (ranks.project.root / "lightning_logs" / "stopped").glob("version_*")
+    assert f"SIGTERM: stopped after step {after}" in first.out, first.err
+    (folder,) = (ranks.project.root / "lightning_logs" / name).glob("version_*")
     (left,) = folder.glob("checkpoints/*")
     assert is_sharded(left) and not (folder / "export").exists()
     second = ranks(*fit, launcher=TORCHRUN)
