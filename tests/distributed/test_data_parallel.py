@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
@@ -27,13 +28,24 @@ def test_it_is_made_on_the_stream_that_trains(monkeypatch: pytest.MonkeyPatch) -
     def refused(*_: Any) -> NoReturn:
         raise AssertionError("another stream")
 
-    made: list[list[int]] = []
-    monkeypatch.setattr(parallel, "DistributedDataParallel", lambda _, device_ids: made.append(device_ids))
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(parallel, "DistributedDataParallel", lambda _, **options: made.append(options))
     monkeypatch.setattr(torch.cuda, "Stream", refused)
-    strategy = DDPOnOneStream()
+    strategy = DDPOnOneStream(bucket_cap_mb=50)
     monkeypatch.setattr(strategy, "determine_ddp_device_ids", lambda: [0])
     strategy._setup_model(nn.Linear(1, 1))
-    assert made == [[0]]
+    assert made == [{"device_ids": [0], "process_group": None, "gradient_as_bucket_view": True, "bucket_cap_mb": 50}]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_gradients_lie_where_they_are_summed() -> None:
+    wrapped = DDPOnOneStream(accelerator=CPUAccelerator(), parallel_devices=[torch.device("cpu")])._setup_model(
+        nn.Linear(3, 2)
+    )
+    wrapped(torch.ones(1, 3)).sum().backward()
+    weight, bias = (p.grad for p in wrapped.parameters())
+    assert weight is not None and bias is not None
+    assert weight.untyped_storage().data_ptr() == bias.untyped_storage().data_ptr()
 
 
 def graphs(model: nn.Module, called: nn.Module, monkeypatch: pytest.MonkeyPatch) -> int:
