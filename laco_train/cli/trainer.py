@@ -83,10 +83,11 @@ from laco_train.settings import (
 from laco_train.training.checkpoint import read_checkpoint, rebuilt, refuse_other_layout
 from laco_train.training.checkpoint_io import VerifiedCheckpointIO
 from laco_train.training.data import PackedText
+from laco_train.training.ddp import use_our_ddp
 from laco_train.training.fused import check_kernels
 from laco_train.training.memory import is_out_of_memory
 from laco_train.training.module import CausalLM
-from laco_train.training.parallel import check_sizes, gathered, refuse_strategy, use_our_ddp
+from laco_train.training.parallel import check_sizes, gathered, refuse_strategy
 
 
 class RecipeParser(OneLineErrors, LightningArgumentParser):

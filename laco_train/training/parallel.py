@@ -10,15 +10,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import init_empty_weights
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from laco_train.collapse import decoder_of
@@ -28,41 +26,10 @@ from laco_train.training.loss import base_of
 
 T = TypeVar("T")
 KEY = "trainer.strategy"
-# of NCCL at most, each on a multiprocessor that the backward pass then lacks; NCCL itself takes 24 of an H200's 132
-GRADIENT_BLOCKS = 8
 
 
 class ToldByRankZero(SystemExit):
     """Ends a rank because rank 0 failed, and says so itself: nothing is printed here."""
-
-
-class DDPOnOneStream(DDPStrategy):
-    """Lightning's DDP, made on the stream that trains, so that summing gradients disturbs the backward pass little.
-
-    Lightning makes it on a stream of its own, as graphs of whole steps need; each gradient is then handed over to that
-    stream (torch's warning on AccumulateGrad). Gradients lie where they are summed (``gradient_as_bucket_view``): they
-    are not copied there and back. What Lightning passes on to DDP, it still does.
-    """
-
-    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        options = {"process_group": self._gradients_group(), "gradient_as_bucket_view": True, **self._ddp_kwargs}
-        return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **options)
-
-    def _gradients_group(self) -> torch.distributed.ProcessGroup | None:
-        """All ranks, with few thread blocks for NCCL; None, which is the usual group, without NCCL."""
-        if self._process_group_backend != "nccl":
-            return None
-        options = torch.distributed.ProcessGroupNCCL.Options()
-        options.config.max_ctas, options._timeout = GRADIENT_BLOCKS, self._timeout or default_pg_timeout
-        return torch.distributed.new_group(timeout=options._timeout, pg_options=options)
-
-
-def use_our_ddp() -> None:
-    """Let the name ddp, which Lightning's auto takes on several devices too, be `DDPOnOneStream`.
-
-    Other names, such as ddp_spawn, and the class itself stay Lightning's.
-    """
-    StrategyRegistry.register("ddp", DDPOnOneStream, DDPOnOneStream.__doc__, override=True, start_method="popen")
 
 
 def on_rank_zero(trainer: Trainer, work: Callable[[], T]) -> T:
