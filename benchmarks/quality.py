@@ -17,13 +17,14 @@ learning rate. So does `one_block`, at other depths: the recipe's strategy for 2
 """
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ class Quality:
                 best["strategy"] = BEST_ELSEWHERE
             return overlaid({"collapse": best}, PARTS.get(job.arm, {}))
         if job.arm == "optipfair":
-            return {"collapse": {"remove": optipfair(job.depth, self.work)}}
+            return {"collapse": {"remove": optipfair(job.depth, self.work).removed}}
         if job.arm == "laco" and job.depth < 16:  # two layers a merge leave 16 at least, unless merged ones merge again
             return {"collapse": {"min_interval": 1}}
         return {}
@@ -201,14 +202,22 @@ def chosen_rate(arm: str) -> float | None:
     return None
 
 
-def optipfair(depth: int, work: Path) -> list[int]:
-    """The layers that OptiPFair would remove: those it ranks as least important on the calibration text."""
+@dataclass(frozen=True)
+class Ranking:
+    """What OptiPFair of that version would remove: layers from 0."""
+
+    version: str
+    removed: list[int]
+
+
+def optipfair(depth: int, work: Path) -> Ranking:
+    """The layers that it ranks as least important on the calibration text."""
     kept = work / f"optipfair_{depth}.json"
     with RANKING:
         if not kept.exists():
-            write_whole(kept, json.dumps(ranked_lowest(depth)))
-    found: list[int] = json.loads(kept.read_text())
-    return found
+            found = Ranking(importlib.metadata.version("optipfair"), ranked_lowest(depth))
+            write_whole(kept, json.dumps(asdict(found)))
+    return Ranking(**json.loads(kept.read_text()))
 
 
 def ranked_lowest(depth: int) -> list[int]:
@@ -266,6 +275,7 @@ def row_of(quality: Quality, job: Job) -> dict[str, Any]:
         "refine_tokens": fitted["tokens"],
         "refine_seconds": fitted["seconds"],
         "collapse_seconds": None if job.arm == "optipfair" else s["search_seconds"] + refined,  # its own is not timed
+        "peer_version": optipfair(job.depth, quality.work).version if job.arm == "optipfair" else None,
         "flops_per_token": s["flops_per_token"],
         "original": s["losses"].get("original"),
         "train_sha256": s["data"]["train"]["sha256"],
@@ -288,11 +298,12 @@ def tried_rates(quality: Quality, job: Job) -> list[list[float]]:
 def same_as_twin(quality: Quality, job: Job) -> dict[str, Any] | None:
     """The row of OptiPFair's run, if shortgpt's removed the same layers; its own search is not timed."""
     twin = of_run(job.twin) if job.arm == "optipfair" else None
-    if twin is None or twin["removed"] != optipfair(job.depth, quality.work):
+    if twin is None or twin["removed"] != (ranking := optipfair(job.depth, quality.work)).removed:
         return None
     if chosen_rate(job.arm) not in (None, twin["learning_rate"]):  # they differ at the depth that chose
         return None
-    return {**twin, "strategy": job.arm, "collapse_seconds": None, "same_as": twin["strategy"]}
+    others = {"strategy": job.arm, "collapse_seconds": None, "peer_version": ranking.version}
+    return {**twin, **others, "same_as": twin["strategy"]}
 
 
 def of_run(job: Job) -> dict[str, Any] | None:

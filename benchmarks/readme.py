@@ -138,15 +138,16 @@ def quality_table() -> str:
         lines += [
             f"{depth} layers, {'next-token loss' if objective == 'plain' else 'distillation'}:",
             "",
-            "| strategy | rate | tokens of refinement | seconds of collapse | start | 1M tokens | 10M | spread "
-            "| 10^15 operations |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| strategy | rate | tokens of refinement | seconds of it | of the collapse with it | start | 1M tokens "
+            "| 10M | spread | 10^15 operations |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for arm, found in sorted(arms.items(), key=lambda each: mean_loss(each[1], -1)):
             last = [row["losses"][-1][1] for row in found]
-            timed = [row["collapse_seconds"] for row in found if row["collapse_seconds"] is not None]
-            seconds = f"{sum(timed) / len(timed):.1f}" if timed else ""
-            cells = [arm, f"{found[0]['learning_rate']:g}", f"{found[0]['refine_tokens']:,}", seconds]
+            cells = [arm, f"{found[0]['learning_rate']:g}", f"{found[0]['refine_tokens']:,}"]
+            for name in ("refine_seconds", "collapse_seconds"):
+                timed = [row[name] for row in found if row[name] is not None]
+                cells.append(f"{sum(timed) / len(timed):.1f}" if timed else "")
             losses = [f"{mean_loss(found, place):.3f}" for place in (0, 1, -1)]
             spread = f"{max(last) - min(last):.3f}" if len(found) > 1 else "one seed"
             lines.append(f"| {' | '.join([*cells, *losses, spread, f'{operations(found[0], original):.2f}'])} |")

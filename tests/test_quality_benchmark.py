@@ -41,6 +41,11 @@ def row(arm: str, depth: int, seed: int = 0, machine: str = "a card", share: flo
     return {**named, "learning_rate": 0.002, "sweep_share": share, "sweep": [], "machine": machine}
 
 
+def rank(work: Path, depth: int, removed: list[int]) -> None:
+    """As if OptiPFair 0.1 had ranked layers."""
+    (work / f"optipfair_{depth}.json").write_text(json.dumps({"version": "0.1", "removed": removed}))
+
+
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A results file that is not there yet."""
@@ -94,7 +99,7 @@ def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, resul
     rows = [row(arm, 30 if arm == "original" else 22) for arm in known]
     rows.append(row("shortgpt", depth) | {"objective": objective})
     results.write_text(json.dumps({"rows": rows}))
-    (tmp_path / f"optipfair_{depth}.json").write_text(json.dumps(list(range(30 - depth))))  # else it needs the weights
+    rank(tmp_path, depth, list(range(30 - depth)))  # else it needs the weights
     quality.teacher.mkdir(parents=True)
     jobs = [Job(objective, depth, arm, 0) for arm in (*ARMS, *(PARTS if swept else (ELSEWHERE,)))]
     recipes = {}
@@ -145,7 +150,7 @@ def test_optipfair_is_shortgpt_where_it_removes_the_same_layers(
         "row_of",
         lambda _, job: row(job.arm, job.depth, job.seed) | {"removed": [3, 4], "collapse_seconds": 1.0},
     )
-    (tmp_path / "optipfair_22.json").write_text("[3, 4]" if same else "[3, 5]")
+    rank(tmp_path, 22, [3, 4] if same else [3, 5])
     asked = jobs_left(quality, ("optipfair", "shortgpt"), (22,), ("plain",))
     assert work_off(quality, asked, ["0", "0", "1"]) == ([], [])
     assert made.count("optipfair") == (0 if same else 2) and made.count("shortgpt") == 2
@@ -166,12 +171,13 @@ def test_optipfair_brings_its_twin(results: Path, quality: Quality) -> None:
 
 
 def test_optipfair_of_another_rate_is_run_itself(results: Path, quality: Quality, tmp_path: Path) -> None:
-    (tmp_path / "optipfair_25.json").write_text("[3, 4]")
+    rank(tmp_path, 25, [3, 4])
     twin = row("shortgpt", 25) | {"removed": [3, 4]}
     job = Job("plain", 25, "optipfair", 0)
     for rate, same in ((0.002, True), (0.001, False)):
         results.write_text(json.dumps({"rows": [twin, row("optipfair", 22) | {"learning_rate": rate}]}))
-        assert (same_as_twin(quality, job) is not None) == same
+        copied = same_as_twin(quality, job)
+        assert (copied and copied["peer_version"]) == ("0.1" if same else None)
 
 
 def test_rates_that_were_tried(quality: Quality) -> None:
