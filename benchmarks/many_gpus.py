@@ -143,7 +143,7 @@ def outcome(place: Place, names: list[str], gpus: int, strategy: str) -> dict[st
         "tokens_per_second_per_gpu": speed / gpus,
         "tokens_per_second_by_interval": [[round(value) for value in run] for run in speeds],
         "tokens_per_second_of_whole_runs": [place.summary(name)["tokens_per_second"] for name in names],
-        "matmul_share": s["mfu"],
+        "matmul_share": s["mfu"] and s["mfu"] * speed / s["tokens_per_second"],
         "peak_gib": s["peak_gib"],
         "state_gib": s["state_gib"],
         "kernels": s["kernels"],

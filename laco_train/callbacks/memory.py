@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from laco_train.callbacks.checkpoints import last_checkpoint
+from laco_train.training.ddp import gradients_stay
 from laco_train.training.memory import Phase, Situation, advice, asked_for, limit_gib, peak_gib
 from laco_train.training.parallel import local
 
@@ -40,7 +41,7 @@ class Memory(Callback):
         if device.type == "cuda":
             self.held = torch.cuda.memory_allocated(device)
             one = next((p for p in pl_module.parameters() if p.requires_grad), None)
-            if one is not None and one.grad is None:
+            if one is not None and one.grad is None and not gradients_stay(trainer):
                 self.held += gradient_bytes(pl_module)
 
     def on_before_optimizer_step(

@@ -2,9 +2,11 @@
 
 import signal
 import threading
+from functools import partial
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -17,11 +19,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopOnSignal(Callback):
     """On SIGTERM or SIGUSR1, sent to any rank, all ranks stop after the same optimizer step.
 
-    One process stops after the step under way, several after the one that follows it. Lightning's own handler runs a
-    collective from within the signal, under SLURM saves in the middle of a step, and with several processes asks all of
-    them before each batch, for which the host waits for the device; all three are replaced while training. What raises
-    is Lightning's: the loop, once the step is logged and the validation that follows it is done. At the end of an epoch
-    one more step is done, as Lightning resumes there one epoch too far.
+    One process stops after the step under way, several after the one that follows it; at the end of an epoch one more
+    step is done, as Lightning resumes there one epoch too far, so that epochs of one step are done to the end. What
+    raises is Lightning's: the loop, once the step is logged and the validation that follows it is done.
+
+    Lightning's own handlers are never there: they run a collective from within the signal and under SLURM save in the
+    middle of a step. Neither is its question to all ranks before each batch, for which the host waits for the device.
+    It puts signals back itself, after the last save.
 
     Attributes:
         received: the signal, once there was one.
@@ -31,14 +35,18 @@ class StopOnSignal(Callback):
         self.received: int | None = None
         self._stopping = False
         self._any_rank: Agreement | None = None
-        self._before: dict[signal.Signals, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals over from Lightning."""
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the place of what Lightning is about to do."""
         self._any_rank = Agreement(trainer.strategy.root_device, trainer.world_size)
+        vars(trainer._signal_connector)["register_signal_handlers"] = partial(self._take_over, trainer)
         vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
+
+    def _take_over(self, trainer: Trainer) -> None:
+        trainer._signal_connector._original_handlers = trainer._signal_connector._get_current_signal_handlers()
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            for number in SIGNALS:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -50,8 +58,8 @@ class StopOnSignal(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.is_last_batch or self._at_end(trainer):
             return
         assert self._any_rank is not None, "training has not started"
-        if self._any_rank(self.received is not None):
-            self._stopping = True
+        if number := self._any_rank(self.received or 0):
+            self.received, self._stopping = number, True
             self._tell(trainer, True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,17 +70,15 @@ class StopOnSignal(Callback):
         """Now it may stop."""
         self._tell(trainer, self._stopping)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Signals do again what they did before."""
-        self._give_back(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Signals do again what they did before: from here on a kill loses nothing."""
-        self._give_back(trainer)
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Any rank told to go too late to stop a step: the export is left to the resumed run."""
-        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+        """Leave the export to the resumed run, if any rank was told to go too late to stop a step.
+
+        Raises:
+            SIGTERMException: it was; on all ranks.
+        """
+        received = torch.tensor(self.received or 0, device=trainer.strategy.root_device)
+        if number := int(trainer.strategy.reduce(received, reduce_op="max")):
+            self.received = number
             raise SIGTERMException
 
     @staticmethod
@@ -82,9 +88,3 @@ class StopOnSignal(Callback):
     @staticmethod
     def _tell(trainer: Trainer, stop: bool) -> None:
         trainer._signal_connector.received_sigterm = stop
-
-    def _give_back(self, trainer: Trainer) -> None:
-        vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}

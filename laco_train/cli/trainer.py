@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -23,6 +23,7 @@ from laco_train.callbacks.duration import EstimateDuration
 from laco_train.callbacks.evaluate_at import EvaluateAt
 from laco_train.callbacks.evaluate_tasks import EvaluateTasks
 from laco_train.callbacks.event_files import MarkEventFiles
+from laco_train.callbacks.garbage import FreezeGarbage
 from laco_train.callbacks.kernels import ReportKernels
 from laco_train.callbacks.layer_collapse import LayerCollapse
 from laco_train.callbacks.memory import Memory
@@ -250,12 +251,14 @@ class RecipeCLI(LightningCLI):
         trainer_config["logger"] = loggers_of(trainer_config.get("logger"), own)
         if self.budget_settings.max_tokens is not None and trainer_config.get("max_epochs") is None:
             trainer_config["max_epochs"] = -1  # else Lightning would end the run after 1000
-        callbacks = [self.memory, self.collapse, StopAtBudget(), self.utilisation, EstimateDuration(self.utilisation)]
+        self.signals, seeds = StopOnSignal(), SeedSteps(self.model.seed)
+        callbacks: list[Callback] = [self.signals]  # first: others may measure for minutes before training
+        callbacks += [FreezeGarbage(), self.memory, self.collapse, StopAtBudget()]  # before what takes the time
+        callbacks += [self.utilisation, EstimateDuration(self.utilisation)]
         callbacks += [ReportKernels(), self.curves, EvaluateAt(self.curves), Divergence()]
         callbacks += [self.tasks] if self.tasks.tasks else []
         callbacks += [self.samples] if self.samples.prompts else []
-        self.signals, seeds = StopOnSignal(), SeedSteps(self.model.seed)
-        callbacks += [seeds, MarkEventFiles(), StayStopped(), self.signals, *self._checkpoints(trainer_config)]
+        callbacks += [seeds, MarkEventFiles(), StayStopped(), *self._checkpoints(trainer_config)]
         trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), VerifiedCheckpointIO()]
         if trainer_config.get("enable_progress_bar") is not False:
             callbacks.append(RunProgressBar())

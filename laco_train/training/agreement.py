@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 class Agreement:
-    """Whether any rank has said yes, known one call later.
+    """The largest number that a rank has said, known one call later.
 
     To know at once, the host would wait until the device has done all that is queued, and the device would then wait
-    for the host to queue the next step. One process knows at once.
+    for the host to queue the next step. One process knows at once. What was said at the last call is never told here.
 
     Args:
         device: of this rank, where its process group sums.
@@ -19,29 +19,29 @@ class Agreement:
         self._device, self._ranks = device, ranks
         self._asked: tuple[Tensor, torch.cuda.Event | None] | None = None
 
-    def __call__(self, yes: bool) -> bool:
-        """What the ranks said at the call before this one, False at the first; of one rank, `yes`."""
+    def __call__(self, said: int) -> int:
+        """What the ranks said at the call before this one, 0 at the first; of one rank, `said`."""
         if self._ranks == 1:
-            return yes
+            return said
         answer = self._answer()
-        self._ask(yes)
+        self._ask(said)
         return answer
 
-    def _answer(self) -> bool:
+    def _answer(self) -> int:
         if self._asked is None:
-            return False
+            return 0
         told, copied = self._asked
         if copied is not None:
             copied.synchronize()
-        return bool(told)
+        return int(told)
 
-    def _ask(self, yes: bool) -> None:
-        said = torch.full((), int(yes), device=self._device)  # torch.tensor would wait for the copy
-        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
-        if said.device.type != "cuda":
-            self._asked = said.cpu(), None
+    def _ask(self, said: int) -> None:
+        largest = torch.full((), said, device=self._device)  # torch.tensor would wait for the copy
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        if largest.device.type != "cuda":
+            self._asked = largest.cpu(), None
             return
-        told, copied = torch.empty_like(said, device="cpu", pin_memory=True), torch.cuda.Event()
-        told.copy_(said, non_blocking=True)
+        told, copied = torch.empty_like(largest, device="cpu", pin_memory=True), torch.cuda.Event()
+        told.copy_(largest, non_blocking=True)
         copied.record()
         self._asked = told, copied

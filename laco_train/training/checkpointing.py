@@ -46,6 +46,8 @@ def measured_layers(
 ) -> tuple[int, int]:
     """Fewest layers of `model` that must recompute on the GPU `device`, and the bytes that are then left there.
 
+    Under DDP gradients of the trial lie beside those buckets that training puts them into: it errs on the safe side.
+
     Args:
         arrange: lets so many layers recompute.
         forward: loss of a batch as in training.

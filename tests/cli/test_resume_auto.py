@@ -296,6 +296,14 @@ def test_sigusr1_too_and_half_a_step_is_finished(project: Project) -> None:
     same_run(unbroken, folder)
 
 
+def test_signal_before_training(project: Project) -> None:
+    """From a callback of the recipe's, which come first; validation follows the first step."""
+    early = ["--trainer.callbacks+=tests.distributed.faults.TerminatedEarly", "--trainer.val_check_interval", "1"]
+    result = project("fit", "--recipe", "tiny.yaml", *EARLY_END, *early)
+    assert result.code == 143
+    assert "stopped after step 1, saved as" in result.out.splitlines()[-1]
+
+
 def test_signal_in_the_last_batch_of_an_epoch(project: Project) -> None:
     batches = len_epoch(project)
     options = ["--trainer.max_steps", str(batches + 5), "--trainer.val_check_interval", str(batches + 3)]

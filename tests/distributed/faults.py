@@ -36,12 +36,22 @@ class FailOn(Callback):
 
 
 class TerminatedAt(Callback):
-    """Rank 1 gets SIGTERM once `step` optimizer steps are done."""
+    """Rank 1 gets a signal once `step` optimizer steps are done."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, number: int = int(signal.SIGTERM)):
         self.step = step
+        self.number = number
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The step under way is finished first."""
         if trainer.global_step == self.step and trainer.global_rank == 1:
+            os.kill(os.getpid(), self.number)
+
+
+class TerminatedEarly(Callback):
+    """The last rank gets SIGTERM when training is about to start, from a callback of the recipe's: those come first."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before any batch."""
+        if trainer.global_rank == trainer.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,5 +1,7 @@
 """How a model is wrapped for DDP, and its compiled layers in it."""
 
+import shutil
+import signal
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -13,8 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
 from laco_train.training import ddp
-from laco_train.training.ddp import OurDDP, use_our_ddp
+from laco_train.training.ddp import OurDDP, gradients_stay, use_our_ddp
 from laco_train.training.layers import arrange_layers
+from tests.cli.runs import Result
+from tests.distributed.conftest import DATA, DDP, Ranks
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "auto"])
@@ -24,33 +28,17 @@ def test_lightnings_name_for_it_is_ours(strategy: str) -> None:
     assert type(trainer.strategy) is OurDDP
 
 
-def made(monkeypatch: pytest.MonkeyPatch, device: str, **passed: Any) -> dict[str, Any]:
-    """What DDP is told by a strategy with `passed` on `device`."""
-
+def test_it_is_made_on_the_stream_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> NoReturn:
         raise AssertionError("another stream")
 
     told: dict[str, Any] = {}
     monkeypatch.setattr(ddp, "DistributedDataParallel", lambda _, **options: told.update(options))
     monkeypatch.setattr(torch.cuda, "Stream", refused)
-    OurDDP(accelerator=CPUAccelerator(), parallel_devices=[torch.device(device)], **passed)._setup_model(
+    OurDDP(accelerator=CPUAccelerator(), parallel_devices=[torch.device("cpu")], bucket_cap_mb=50)._setup_model(
         nn.Linear(1, 1)
     )
-    return told
-
-
-def test_it_is_made_on_the_stream_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert made(monkeypatch, "cpu") == {"device_ids": None, "gradient_as_bucket_view": True}
-
-
-@pytest.mark.parametrize(("rate", "buckets"), [(25e9, {}), (300e9, {"bucket_cap_mb": 512})])
-def test_buckets_are_large_where_the_link_is_fast(
-    monkeypatch: pytest.MonkeyPatch, rate: float, buckets: dict[str, int]
-) -> None:
-    monkeypatch.setattr(ddp, "summed_per_second", lambda _: rate)
-    options = {"device_ids": [0], "gradient_as_bucket_view": True}
-    assert made(monkeypatch, "cuda:0") == {**options, **buckets}
-    assert made(monkeypatch, "cuda:0", bucket_cap_mb=50) == {**options, "bucket_cap_mb": 50}
+    assert told == {"device_ids": None, "gradient_as_bucket_view": True, "bucket_cap_mb": 50}
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -60,6 +48,38 @@ def test_gradients_lie_where_they_are_summed() -> None:
     weight, bias = (p.grad for p in wrapped.parameters())
     assert weight is not None and bias is not None
     assert weight.untyped_storage().data_ptr() == bias.untyped_storage().data_ptr()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("view", "batches", "stay"), [(True, 1, True), (True, 2, False), (False, 1, False)])
+def test_whether_gradients_stay_between_steps(view: bool, batches: int, stay: bool) -> None:
+    trainer = Trainer(accelerator="cpu", accumulate_grad_batches=batches, logger=False)
+    trainer.strategy.model = DistributedDataParallel(nn.Linear(3, 2), gradient_as_bucket_view=view)
+    assert gradients_stay(trainer) == stay
+    trainer.strategy.model = nn.Linear(3, 2)
+    assert not gradients_stay(trainer)
+
+
+def stopped(ranks: Ranks, *fault: str) -> Result:
+    """A fit of two ranks that a callback of faults.py stops; neither exports."""
+    callback = [f"--trainer.callbacks+=tests.distributed.faults.{fault[0]}", *fault[1:]]
+    result = ranks("fit", "--recipe", "tiny.yaml", *DATA, *DDP, *callback)
+    (folder,) = ranks.versions()
+    assert not (folder / "export").exists() and len(list(folder.glob("checkpoints/*"))) == 1
+    shutil.rmtree(folder)
+    return result
+
+
+def test_the_signal_of_another_rank_is_the_one_told(ranks: Ranks) -> None:
+    number = f"--trainer.callbacks.number={int(signal.SIGUSR1)}"
+    result = stopped(ranks, "TerminatedAt", "--trainer.callbacks.step=2", number)
+    assert (result.code, "SIGUSR1: stopped after step 4" in result.out) == (128 + signal.SIGUSR1, True), result.err
+
+
+def test_a_signal_before_training_is_not_forgotten(ranks: Ranks) -> None:
+    """Though validation follows the first step."""
+    result = stopped(ranks, "TerminatedEarly")
+    assert (result.code, "SIGTERM: stopped after step 2" in result.out) == (128 + signal.SIGTERM, True), result.err
 
 
 def graphs(model: nn.Module, called: nn.Module, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -1,0 +1,36 @@
+"""Keeps Python's search for garbage out of training."""
+
+import gc
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from laco_train.training.loss import Batch
+
+
+class FreezeGarbage(Callback):
+    """After the first batch, what is there stays: no later search for garbage walks through it.
+
+    Now and then Python walks through all objects. Imports and compiled layers leave a million of them, so that a step
+    would take half a second longer on one rank, and all ranks would wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._frozen = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """The first batch has compiled; its time is not counted either."""
+        if not self._frozen:
+            gc.collect()
+            gc.freeze()
+            self._frozen = True
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let what the run leaves behind be found again."""
+        gc.unfreeze()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As after an exception."""
+        gc.unfreeze()
