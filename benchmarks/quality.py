@@ -12,7 +12,7 @@ calibration text; where they are those of shortgpt, and so is the rate, its run 
 `distilled`, all arms learn from the original trained on: its run with plain loss and the first seed. Each arm takes the
 learning rate that its sweep at 22 layers with plain loss chose, over the whole budget. Each arm, depth, objective and
 seed is a study of its own; its row is appended once it is there, and what has its row is not run again; the original
-is, on every kind of machine. At 22 layers with plain loss parts of `best` run too; those that refine otherwise take its
+is, on every kind of machine. At 22 layers parts of `best` run too; those that collapse or refine otherwise take its
 learning rate. So does `one_block`, at other depths: the recipe's strategy for 22 layers there.
 """
 
@@ -39,13 +39,18 @@ PARTS: dict[str, dict[str, Any]] = {
     "together": {"collapse": {"refine": {"windows": 0.0}}},
     "windows": {"collapse": {"refine": {"tokens": 65_536, "windows": 1.0}}},
     "million": {"collapse": {"refine": {"tokens": 1_000_000, "windows": 0.065}}},
+    "disjoint": {"collapse": {"strategy": "laco", "remove": [3, 5, 12, 13, 14, 16, 17, 18], "target_depth": None}},
     "lora": {"model": {"method": "lora", "lora": {"rank": 64, "alpha": 128}}},
     "last_layers": {"model": {"method": "last_layers", "last_layers": 6}},
 }
-"""What of `best` is otherwise: its windows or its divergence left out, three times as many tokens, less trained."""
+"""What of `best` is otherwise.
+
+Its windows or its divergence left out, three times as many tokens, the windows that dynamic programming finds cheapest
+(windows.json), less trained.
+"""
 BEST_ELSEWHERE = "shortgpt"  # strategy of best at other depths than that of SWEPT, by the comment in its recipe
-ELSEWHERE = "one_block"  # the recipe's strategy for SWEPT at the other depths, plain loss
-RATED_AS_BEST = ("together", "windows", "million", ELSEWHERE)  # not swept
+ELSEWHERE = "one_block"  # the recipe's strategy for SWEPT at the other depths
+RATED_AS_BEST = ("together", "windows", "million", "disjoint", ELSEWHERE)  # not swept
 ORIGINAL = 30  # its layers
 DEPTHS, OBJECTIVES = (22, 25, 15), ("plain", "distilled")
 RATES = [1.0e-3, 2.0e-3, 3.0e-3]
@@ -90,10 +95,10 @@ class Job:
 
     @property
     def is_made(self) -> bool:
-        """Whether its arm runs at its depth with its objective."""
-        if self.arm == ELSEWHERE:
-            return self.objective == SWEPT[0] and self.depth != SWEPT[1]
-        return self.is_swept or self.arm not in PARTS
+        """Whether its arm runs at its depth."""
+        if self.arm in PARTS:
+            return self.depth == SWEPT[1]
+        return self.arm != ELSEWHERE or self.depth != SWEPT[1]
 
     @property
     def is_swept(self) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,10 +19,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other by
 import quality as quality_benchmark  # noqa: E402
 from quality import (  # noqa: E402
     ARMS,
+    BEST_ELSEWHERE,
     ELSEWHERE,
     KEY,
     OBJECTIVES,
     PARTS,
+    RATED_AS_BEST,
     SWEEP,
     SWEPT,
     Job,
@@ -83,25 +86,25 @@ def test_a_run_made_again_keeps_the_rates_that_were_tried(results: Path) -> None
 
 def test_all_runs_and_their_order(results: Path, quality: Quality) -> None:
     left = jobs_left(quality, (*ARMS, *PARTS, ELSEWHERE), (22, 25, 15), OBJECTIVES)
-    assert len(left) == len(set(left)) == 2 * (2 * (3 * (len(ARMS) - 1) + 1) + len(PARTS) + 2)
+    assert len(left) == len(set(left)) == 2 * 2 * (3 * (len(ARMS) - 1) + 1 + len(PARTS) + 2)
     elsewhere = {(job.objective, job.depth) for job in left if job.arm == ELSEWHERE}
-    assert elsewhere == {("plain", 25), ("plain", 15)}
+    assert elsewhere == set(itertools.product(OBJECTIVES, (25, 15)))
     choosing = len(ARMS) + len(PARTS)
     assert left[0] == quality.teaching and all(map(quality.chooses, left[:choosing]))
     groups = [(job.depth != 22, job.seed, job.objective) for job in left[choosing:]]
     assert groups == sorted(groups, key=lambda group: (*group[:2], group[2] != "plain"))
 
 
-@pytest.mark.parametrize(("objective", "depth"), [("plain", 22), ("plain", 15), ("distilled", 25)])
+@pytest.mark.parametrize(("objective", "depth"), [("plain", 22), ("distilled", 22), ("plain", 15), ("distilled", 25)])
 def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, results: Path, quality: Quality) -> None:
     swept = (objective, depth) == SWEPT
-    known = ("shortgpt", "best") if swept else ARMS  # what optipfair and parts of best wait for
+    known = ("shortgpt", "best") if swept else (*ARMS, *PARTS)  # what optipfair and parts of best wait for
     rows = [row(arm, 30 if arm == "original" else 22) for arm in known]
     rows.append(row("shortgpt", depth) | {"objective": objective})
     results.write_text(json.dumps({"rows": rows}))
     rank(tmp_path, depth, list(range(30 - depth)))  # else it needs the weights
     quality.teacher.mkdir(parents=True)
-    jobs = [Job(objective, depth, arm, 0) for arm in (*ARMS, *(PARTS if swept else (ELSEWHERE,)))]
+    jobs = [Job(objective, depth, arm, 0) for arm in (*ARMS, *(PARTS if depth == 22 else (ELSEWHERE,)))]
     recipes = {}
     for job in jobs:
         assert quality.is_ready(job)
@@ -110,7 +113,7 @@ def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, resul
             study, arms = checked(config, job.name, parser())
         assert arms == [job.arm]
         (task,) = study.tasks(arms)
-        sweeps = swept and job.arm not in (*known, "together", "windows", "million")
+        sweeps = swept and job.arm not in (*known, *RATED_AS_BEST)
         recipes[job.arm] = recipe = study.recipe(task, 1e-3 if sweeps else None)
         collapse = recipe["collapse"]
         left = 30 - len(collapse["remove"]) if collapse["remove"] else collapse["target_depth"] or 30
@@ -126,7 +129,8 @@ def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, resul
     chosen = {arm: recipe["collapse"]["strategy"] for arm, recipe in recipes.items()}
     assert chosen["best"] == ("angular" if depth == 22 else "shortgpt")
     assert depth == 22 or (chosen[ELSEWHERE] == "angular" and refine[ELSEWHERE] == refine["best"])
-    if swept:
+    if depth == 22:
+        assert refine["disjoint"] == refine["best"]
         assert refine["windows"] == refine["best"] | {"tokens": 65_536, "windows": 1.0}
         assert refine["together"] == refine["best"] | {"windows": 0.0}
 
@@ -178,6 +182,23 @@ def test_optipfair_of_another_rate_is_run_itself(results: Path, quality: Quality
         results.write_text(json.dumps({"rows": [twin, row("optipfair", 22) | {"learning_rate": rate}]}))
         copied = same_as_twin(quality, job)
         assert (copied and copied["peer_version"]) == ("0.1" if same else None)
+
+
+def test_the_recipe_is_what_the_results_chose() -> None:
+    """`best` of quality.json at the recipe's depth is the recipe, and its rate the best of those tried."""
+    rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["rows"]
+    text = (ROOT / "recipes/smollm2_135m_best.yaml").read_text()
+    recipe = yaml.safe_load(text)
+    collapse, rate = recipe["collapse"], recipe["model"]["optimizer"]["learning_rate"]
+    plain = [row for row in rows if row["objective"] == "plain" and row["depth"] == collapse["target_depth"]]
+    by_arm = {arm: [row for row in plain if row["strategy"] == arm] for arm in ("best", collapse["strategy"])}
+    assert {tuple(row["removed"]) for found in by_arm.values() for row in found} == {tuple(range(2, 10))}
+    for row in by_arm["best"]:
+        assert row["learning_rate"] == rate
+        assert 0 <= collapse["refine"]["tokens"] - row["refine_tokens"] < collapse["refine"]["batch_size"] * 1024
+    sweep = next(row["sweep"] for row in by_arm["best"] if row["sweep"])
+    assert min(sweep, key=lambda tried: tried[1])[0] == rate
+    assert BEST_ELSEWHERE in next(line for line in text.splitlines() if line.startswith("  strategy:"))
 
 
 def test_rates_that_were_tried(quality: Quality) -> None:
