@@ -1,6 +1,5 @@
 """How a model is wrapped for DDP, and its compiled layers in it."""
 
-import shutil
 import signal
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -63,10 +62,9 @@ def test_whether_gradients_stay_between_steps(view: bool, batches: int, stay: bo
 def stopped(ranks: Ranks, *fault: str) -> Result:
     """A fit of two ranks that a callback of faults.py stops; neither exports."""
     callback = [f"--trainer.callbacks+=tests.distributed.faults.{fault[0]}", *fault[1:]]
-    result = ranks("fit", "--recipe", "tiny.yaml", *DATA, *DDP, *callback)
-    (folder,) = ranks.versions()
+    result = ranks("fit", "--recipe", "tiny.yaml", *DATA, *DDP, *callback, "--name", fault[0])
+    (folder,) = ranks.project.root.glob(f"lightning_logs/{fault[0]}/version_*")
     assert not (folder / "export").exists() and len(list(folder.glob("checkpoints/*"))) == 1
-    shutil.rmtree(folder)
     return result
 
 
