@@ -217,7 +217,7 @@ class Ranking:
 
 def optipfair(depth: int, work: Path) -> Ranking:
     """The layers that it ranks as least important on the calibration text."""
-    kept = work / f"optipfair_{depth}.json"
+    kept = work / f"optipfair_ranking_{depth}.json"
     with RANKING:
         if not kept.exists():
             found = Ranking(importlib.metadata.version("optipfair"), ranked_lowest(depth))

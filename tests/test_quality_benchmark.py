@@ -46,7 +46,7 @@ def row(arm: str, depth: int, seed: int = 0, machine: str = "a card", share: flo
 
 def rank(work: Path, depth: int, removed: list[int]) -> None:
     """As if OptiPFair 0.1 had ranked layers."""
-    (work / f"optipfair_{depth}.json").write_text(json.dumps({"version": "0.1", "removed": removed}))
+    (work / f"optipfair_ranking_{depth}.json").write_text(json.dumps({"version": "0.1", "removed": removed}))
 
 
 @pytest.fixture
@@ -95,6 +95,14 @@ def test_all_runs_and_their_order(results: Path, quality: Quality) -> None:
     assert groups == sorted(groups, key=lambda group: (*group[:2], group[2] != "plain"))
 
 
+def cheapest_windows() -> list[int]:
+    """Layers that the choice by dynamic programming of windows.json removes: of each window all but the first."""
+    rows = json.loads((ROOT / "benchmarks/results/windows.json").read_text())["rows"]
+    (chosen,) = (row["windows"].split(",") for row in rows if row["choice"] == "cheapest")
+    windows = [map(int, window.split("-")) for window in chosen]
+    return [layer for first, last in windows for layer in range(first + 1, last + 1)]
+
+
 @pytest.mark.parametrize(("objective", "depth"), [("plain", 22), ("distilled", 22), ("plain", 15), ("distilled", 25)])
 def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, results: Path, quality: Quality) -> None:
     swept = (objective, depth) == SWEPT
@@ -131,6 +139,7 @@ def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, resul
     assert depth == 22 or (chosen[ELSEWHERE] == "angular" and refine[ELSEWHERE] == refine["best"])
     if depth == 22:
         assert refine["disjoint"] == refine["best"]
+        assert recipes["disjoint"]["collapse"]["remove"] == cheapest_windows()
         assert refine["windows"] == refine["best"] | {"tokens": 65_536, "windows": 1.0}
         assert refine["together"] == refine["best"] | {"windows": 0.0}
 

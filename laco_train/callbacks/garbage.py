@@ -29,8 +29,12 @@ class FreezeGarbage(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let what the run leaves behind be found again."""
-        gc.unfreeze()
+        self._thaw()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As after an exception."""
+        self._thaw()
+
+    def _thaw(self) -> None:
         gc.unfreeze()
+        self._frozen = False

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from laco_train.training.agreement import Agreement
@@ -23,9 +24,9 @@ class StopOnSignal(Callback):
     step is done, as Lightning resumes there one epoch too far, so that epochs of one step are done to the end. What
     raises is Lightning's: the loop, once the step is logged and the validation that follows it is done.
 
-    Lightning's own handlers are never there: they run a collective from within the signal and under SLURM save in the
-    middle of a step. Neither is its question to all ranks before each batch, for which the host waits for the device.
-    It puts signals back itself, after the last save.
+    Lightning's own handlers are never there in a fit: they run a collective from within the signal and under SLURM save
+    in the middle of a step. Neither is its question to all ranks before each batch, for which the host waits for the
+    device. It puts signals back itself, after the last save (`RecipeCLI` does, where it doesn't get to that).
 
     Attributes:
         received: the signal, once there was one.
@@ -64,11 +65,13 @@ class StopOnSignal(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning would stop between two batches of validation, and not validate again on resume."""
-        self._tell(trainer, False)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._tell(trainer, False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Now it may stop."""
-        self._tell(trainer, self._stopping)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._tell(trainer, self._stopping)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the export to the resumed run, if any rank was told to go too late to stop a step.

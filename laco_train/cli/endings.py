@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from laco_train.callbacks.checkpoints import last_checkpoint
 from laco_train.cli.loggers import remove_csv_folder, remove_empty
@@ -15,9 +16,12 @@ def ended_by_signal(trainer: Trainer, number: int) -> SystemExit:
     """What a shell would report of a process ended by signal `number`, so that a scheduler starts the job again."""
     if not trainer.is_global_zero:
         return SystemExit(0)  # Lightning kills rank 0 if another rank fails
-    name, step = signal.Signals(number).name, trainer.global_step
-    saved = last_checkpoint(trainer)
-    print(f"{name}: stopped after step {step}, saved as {saved}; go on with --resume auto.", flush=True)
+    name = signal.Signals(number).name
+    if trainer.state.fn == TrainerFn.FITTING:
+        step, saved = trainer.global_step, last_checkpoint(trainer)
+        print(f"{name}: stopped after step {step}, saved as {saved}; go on with --resume auto.", flush=True)
+    else:
+        print(f"{name}: stopped.", flush=True)
     return SystemExit(128 + number)
 
 

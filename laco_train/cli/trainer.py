@@ -252,13 +252,12 @@ class RecipeCLI(LightningCLI):
         if self.budget_settings.max_tokens is not None and trainer_config.get("max_epochs") is None:
             trainer_config["max_epochs"] = -1  # else Lightning would end the run after 1000
         self.signals, seeds = StopOnSignal(), SeedSteps(self.model.seed)
-        callbacks: list[Callback] = [self.signals]  # first: others may measure for minutes before training
-        callbacks += [FreezeGarbage(), self.memory, self.collapse, StopAtBudget()]  # before what takes the time
+        callbacks: list[Callback] = [FreezeGarbage(), self.memory, self.collapse, StopAtBudget()]
         callbacks += [self.utilisation, EstimateDuration(self.utilisation)]
         callbacks += [ReportKernels(), self.curves, EvaluateAt(self.curves), Divergence()]
         callbacks += [self.tasks] if self.tasks.tasks else []
         callbacks += [self.samples] if self.samples.prompts else []
-        callbacks += [seeds, MarkEventFiles(), StayStopped(), *self._checkpoints(trainer_config)]
+        callbacks += [seeds, MarkEventFiles(), StayStopped(), self.signals, *self._checkpoints(trainer_config)]
         trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), VerifiedCheckpointIO()]
         if trainer_config.get("enable_progress_bar") is not False:
             callbacks.append(RunProgressBar())
@@ -308,6 +307,8 @@ class RecipeCLI(LightningCLI):
                 raise
             leave_no_trace(self.trainer, self._depth_of_folder)
             raise TrainingStopped(self._explain_memory(error)) from error
+        finally:
+            self.trainer._signal_connector.teardown()  # Lightning leaves it out where a last save fails
 
     def _explain_memory(self, error: RuntimeError) -> str:
         c, resumed = self.collapse_settings, self._get(self.config_init, "ckpt_path") is not None

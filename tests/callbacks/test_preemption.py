@@ -12,7 +12,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from laco_train.callbacks.preemption import SIGNALS, StopOnSignal
 
 
-def told_to_stop(trainer: Trainer) -> StopOnSignal:
+def started(trainer: Trainer) -> StopOnSignal:
     callback = StopOnSignal()
     callback.on_fit_start(trainer, LightningModule())
     return callback
@@ -25,7 +25,7 @@ def test_ranks_are_not_asked_before_each_batch(monkeypatch: pytest.MonkeyPatch) 
     name = "_broadcast_sigterm_tensor"  # private; of another name, Lightning would ask again
     assert f"self.{name}()" in inspect.getsource(_TrainingEpochLoop.advance)
     trainer = Trainer(accelerator="cpu", logger=False)
-    told_to_stop(trainer)
+    started(trainer)
     monkeypatch.setattr(torch, "tensor", refused)
     getattr(trainer.fit_loop.epoch_loop, name)()
 
@@ -34,7 +34,7 @@ def test_handlers_are_ours_from_the_moment_that_lightning_registers_its_own() ->
     assert "self._signal_connector.register_signal_handlers()" in inspect.getsource(Trainer._run)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     trainer = Trainer(accelerator="cpu", logger=False)
-    callback = told_to_stop(trainer)
+    callback = started(trainer)
     trainer._signal_connector.register_signal_handlers()
     try:
         for number in SIGNALS:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.soak import content, curves
+from laco_train.callbacks.newest_checkpoint import NewestCheckpoint
 from laco_train.cli.resume import HARMLESS, earlier_run, is_harmless, newest_good
 from tests.cli.runs import RECIPE, Project, Result, Run, same_bytes
 
@@ -302,6 +303,30 @@ def test_signal_before_training(project: Project) -> None:
     result = project("fit", "--recipe", "tiny.yaml", *EARLY_END, *early)
     assert result.code == 143
     assert "stopped after step 1, saved as" in result.out.splitlines()[-1]
+
+
+def test_signals_are_given_back_where_the_last_save_fails(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> NoReturn:
+        raise BufferError("no space left")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    monkeypatch.setattr(NewestCheckpoint, "on_exception", full)
+    with pytest.raises(BufferError, match="no space left"):
+        project("fit", "--recipe", "tiny.yaml", *EARLY_END, *at(3, "SIGTERM"))
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+class StopValidation(Callback):
+    """SIGTERM as validation begins."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning looks between batches."""
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_signal_in_validate(project: Project) -> None:
+    result = project("validate", "--recipe", "tiny.yaml", f"--trainer.callbacks+={__name__}.StopValidation")
+    assert (result.code, result.out.splitlines()[-1]) == (143, "SIGTERM: stopped."), result.err
 
 
 def test_signal_in_the_last_batch_of_an_epoch(project: Project) -> None:

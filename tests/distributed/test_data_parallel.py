@@ -27,17 +27,19 @@ def test_lightnings_name_for_it_is_ours(strategy: str) -> None:
     assert type(trainer.strategy) is OurDDP
 
 
-def test_it_is_made_on_the_stream_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("passed", "buckets"), [({}, 100), ({"bucket_cap_mb": 50}, 50)])
+def test_it_is_made_on_the_stream_that_trains(
+    monkeypatch: pytest.MonkeyPatch, passed: dict[str, int], buckets: int
+) -> None:
     def refused(*_: Any) -> NoReturn:
         raise AssertionError("another stream")
 
     told: dict[str, Any] = {}
     monkeypatch.setattr(ddp, "DistributedDataParallel", lambda _, **options: told.update(options))
     monkeypatch.setattr(torch.cuda, "Stream", refused)
-    OurDDP(accelerator=CPUAccelerator(), parallel_devices=[torch.device("cpu")], bucket_cap_mb=50)._setup_model(
-        nn.Linear(1, 1)
-    )
-    assert told == {"device_ids": None, "gradient_as_bucket_view": True, "bucket_cap_mb": 50}
+    strategy = OurDDP(accelerator=CPUAccelerator(), parallel_devices=[torch.device("cpu")], **passed)
+    strategy._setup_model(nn.Linear(1, 1))
+    assert told == {"device_ids": None, "gradient_as_bucket_view": True, "bucket_cap_mb": buckets}
 
 
 @pytest.mark.usefixtures("one_rank")
