@@ -2,11 +2,31 @@
 
 import gc
 from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import pytest
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from laco_train.callbacks.garbage import FreezeGarbage
+from tests.cli.runs import Project
+
+
+class Look(Callback):
+    """Notes at each batch how many objects are left out."""
+
+    seen: ClassVar[list[int]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """The first batch has frozen nothing yet."""
+        self.seen.append(gc.get_freeze_count())
+
+
+def test_a_fit_leaves_out_what_is_there_and_gives_it_back(project: Project) -> None:
+    Look.seen.clear()
+    project.fit(f"--trainer.callbacks+={__name__}.Look", "--trainer.max_steps", "3", "--export.enabled", "false")
+    first, *others = Look.seen
+    assert first == 0 and len(others) == 2 and min(others) > 100_000
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.fixture
