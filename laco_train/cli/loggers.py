@@ -25,6 +25,13 @@ def loggers_of(named: Any, own: Callable[[], TensorBoardLogger]) -> list[Logger]
     return sorted(loggers, key=lambda logger: not isinstance(logger, TensorBoardLogger))
 
 
+def logger_in(folder: Path) -> TensorBoardLogger:
+    """Fit's own, of the run in `folder`: lightning_logs/<name>/version_N."""
+    return TensorBoardLogger(
+        folder.parent.parent, name=folder.parent.name, version=folder.name, default_hp_metric=False
+    )
+
+
 def remove_csv_folder(logger: Logger) -> None:
     """Remove the folder that a CSVLogger opened for a run that never began."""
     if isinstance(logger, CSVLogger):

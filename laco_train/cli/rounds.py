@@ -21,6 +21,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.utilities import rank_zero_only
 
 from laco_train.checks import check_rounds, check_static
+from laco_train.cli.loggers import logger_in
 from laco_train.cli.resume import (
     CONFIG_FILE,
     SUMMARY_FILE,
@@ -135,7 +136,7 @@ class RoundCLI(RecipeCLI):
         return self._go_on(EarlierRun(folder, newest_good(folder / "checkpoints", say)))
 
     def _logger(self, root: str) -> TensorBoardLogger:
-        return self._logger_in(self.run.folder_of(self.index))
+        return logger_in(self.run.folder_of(self.index))
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         return super()._instantiate_trainer(config, [BeginRounds(self.run), *callbacks])

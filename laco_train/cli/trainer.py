@@ -44,7 +44,7 @@ from laco_train.checks import (
     check_static,
 )
 from laco_train.cli.endings import ended_by_signal, leave_no_trace
-from laco_train.cli.loggers import loggers_of, replaces_own
+from laco_train.cli.loggers import logger_in, loggers_of, replaces_own
 from laco_train.cli.parsing import OneLineErrors, add_recipe_flag, resolve_arguments
 from laco_train.cli.quiet import quieten
 from laco_train.cli.ranks import ending_children, part_ranks, rank_zero_speaks_first
@@ -273,13 +273,7 @@ class RecipeCLI(LightningCLI):
     def _logger(self, root: str) -> TensorBoardLogger:
         if self.earlier is None:
             return TensorBoardLogger(Path(root) / "lightning_logs", name=self.recipe, default_hp_metric=False)
-        return self._logger_in(self.earlier.folder)
-
-    @staticmethod
-    def _logger_in(folder: Path) -> TensorBoardLogger:
-        return TensorBoardLogger(
-            folder.parent.parent, name=folder.parent.name, version=folder.name, default_hp_metric=False
-        )
+        return logger_in(self.earlier.folder)
 
     @staticmethod
     def _checkpoints(trainer_config: dict[str, Any]) -> list[Checkpoint]:
