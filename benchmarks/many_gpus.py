@@ -17,8 +17,7 @@ Cases:
     135m: SmolLM2-135M under DDP, each GPU with the batches that one has alone.
 
 Random numbers round small updates of bfloat16 weights. Runs of the noise cases may share GPUs: their speed is not told.
-Speeds are medians over intervals of logging: a single second in which the machine stands still would count for ten
-steps of these short runs.
+Speeds are medians over intervals of logging: in runs as short as these, one step of a second would count for ten.
 """
 
 import argparse

@@ -5,8 +5,8 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# MiB of gradients that are summed at once. Each sum takes multiprocessors from the backward pass; fewer disturb it less
-# than torch's 25. What is summed last waits for nothing: the embedding's gradient, which is as large in most models.
+# MiB of gradients that are summed at once, where torch has 25. Each sum takes multiprocessors from the backward pass,
+# and fewer take less. The last one hides behind nothing whatever the size: the embedding's gradient is about as large.
 BUCKET_MIB = 100
 
 
