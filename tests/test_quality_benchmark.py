@@ -85,9 +85,9 @@ def test_a_run_made_again_keeps_the_rates_that_were_tried(results: Path) -> None
 
 
 def test_all_runs_and_their_order(results: Path, quality: Quality) -> None:
-    left = jobs_left(quality, (*ARMS, *PARTS, ELSEWHERE), (22, 25, 15), OBJECTIVES)
-    assert len(left) == len(set(left)) == 2 * 2 * (3 * (len(ARMS) - 1) + 1 + len(PARTS) + 2)
-    elsewhere = {(job.objective, job.depth) for job in left if job.arm == ELSEWHERE}
+    left = jobs_left(quality, (*ARMS, *PARTS, *ELSEWHERE), (22, 25, 15), OBJECTIVES)
+    assert len(left) == len(set(left)) == 2 * 2 * (3 * (len(ARMS) - 1) + 1 + len(PARTS) + 2 * len(ELSEWHERE))
+    elsewhere = {(job.objective, job.depth) for job in left if job.arm in ELSEWHERE}
     assert elsewhere == set(itertools.product(OBJECTIVES, (25, 15)))
     choosing = len(ARMS) + len(PARTS)
     assert left[0] == quality.teaching and all(map(quality.chooses, left[:choosing]))
@@ -112,7 +112,7 @@ def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, resul
     results.write_text(json.dumps({"rows": rows}))
     rank(tmp_path, depth, list(range(30 - depth)))  # else it needs the weights
     quality.teacher.mkdir(parents=True)
-    jobs = [Job(objective, depth, arm, 0) for arm in (*ARMS, *(PARTS if depth == 22 else (ELSEWHERE,)))]
+    jobs = [Job(objective, depth, arm, 0) for arm in (*ARMS, *(PARTS if depth == 22 else ELSEWHERE))]
     recipes = {}
     for job in jobs:
         assert quality.is_ready(job)
@@ -136,8 +136,10 @@ def test_its_studies_are_valid(objective: str, depth: int, tmp_path: Path, resul
     assert refine["angular"]["tokens"] == 0
     chosen = {arm: recipe["collapse"]["strategy"] for arm, recipe in recipes.items()}
     assert chosen["best"] == ("angular" if depth == 22 else "shortgpt")
-    assert depth == 22 or (chosen[ELSEWHERE] == "angular" and refine[ELSEWHERE] == refine["best"])
-    if depth == 22:
+    if depth != 22:
+        assert (chosen["one_block"], chosen["sleb_refined"]) == ("angular", "sleb")
+        assert refine["one_block"] == refine["sleb_refined"] == refine["best"]
+    else:
         assert refine["disjoint"] == refine["best"]
         assert recipes["disjoint"]["collapse"]["remove"] == cheapest_windows()
         assert refine["windows"] == refine["best"] | {"tokens": 65_536, "windows": 1.0}
@@ -207,6 +209,7 @@ def test_the_recipe_is_what_the_results_chose() -> None:
         assert 0 <= collapse["refine"]["tokens"] - row["refine_tokens"] < collapse["refine"]["batch_size"] * 1024
     sweep = next(row["sweep"] for row in by_arm["best"] if row["sweep"])
     assert min(sweep, key=lambda tried: tried[1])[0] == rate
+    assert ELSEWHERE["one_block"] == collapse["strategy"]
     assert BEST_ELSEWHERE in next(line for line in text.splitlines() if line.startswith("  strategy:"))
 
 
