@@ -23,6 +23,7 @@ from laco_train.models import load_tokenizer
 from laco_train.progress import bar, search_progress
 from laco_train.refine import Place, refine, refining
 from laco_train.settings import CollapseSettings
+from laco_train.training.documents import keeps_documents_apart
 from laco_train.training.loss import Batch, mean_loss
 from laco_train.training.module import CHECKPOINT_KEY, CausalLM
 from laco_train.training.overlap import occurring, text_of
@@ -83,6 +84,12 @@ class LayerCollapse(Callback):
         if self.plan is not None:
             apply_plan(model, self.plan, weights_follow=True)
             return self.plan, self.losses
+        if stage == "fit" and not keeps_documents_apart(model):
+            print(
+                f"Warning: attention of {model.config.model_type} does not heed where documents begin, "
+                "so that those packed into a block see each other.",
+                flush=True,
+            )
         device = trainer.strategy.root_device
         losses: dict[str, float] = {}
         streamed = placement_for(decoder_of(model), self.settings, device) == "stream"

@@ -12,6 +12,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from laco_train.errors import InputError
 
+POSITIONS = "positions"  # Transformers makes a mask from positions that restart
+MASK = "mask"  # the model takes a mask, but makes none from positions
+MASKS = "masks"  # the same, one for each type of layer
+NOT_APART = "not apart"  # neither is known to help
+
 
 @dataclass(frozen=True)
 class Family:
@@ -26,6 +31,7 @@ class Family:
         dense_layers: (config list of layers without experts, config entry n that gives experts to every n-th layer);
             the second is written into the first, as "every n-th" is wrong once a layer is gone.
         experts: its layers hold unaligned experts, so that they can be dropped but not summed.
+        documents: how those packed into a block are kept apart: POSITIONS, MASK, MASKS or NOT_APART.
         note: what a user should know.
     """
 
@@ -36,11 +42,15 @@ class Family:
     per_layer: tuple[str, ...] = ()
     dense_layers: tuple[str, str] | None = None
     experts: bool = False
+    documents: str = POSITIONS
     note: str = ""
 
 
 _TYPES = ("layer_types",)
-_REMOTE = "needs `model.trust_remote_code: true`; tested with a stand-in of the same module names"
+_REMOTE = (
+    "needs `model.trust_remote_code: true`; tested with a stand-in of the same module names; "
+    "documents in a block see each other"
+)
 FAMILIES: tuple[Family, ...] = (
     Family("Llama", "llama"),
     Family("Mistral", "mistral", per_layer=_TYPES),
@@ -60,13 +70,20 @@ FAMILIES: tuple[Family, ...] = (
     Family("SmolLM3", "smollm3", per_layer=("layer_types", "no_rope_layers"), note="every fourth layer without RoPE"),
     Family("OLMo2", "olmo2"),
     Family("Cohere2", "cohere2", per_layer=_TYPES, note="every fourth layer full attention without RoPE"),
-    Family("GPT-OSS", "gpt_oss", per_layer=_TYPES, experts=True, note="alternates sliding and full attention"),
+    Family(
+        "GPT-OSS",
+        "gpt_oss",
+        per_layer=_TYPES,
+        experts=True,
+        documents=MASKS,
+        note="alternates sliding and full attention",
+    ),
     Family("GPT-2", "gpt2", stack="transformer.h", norm="transformer.ln_f"),
     Family("GPT-NeoX", "gpt_neox", stack="gpt_neox.layers", norm="gpt_neox.final_layer_norm"),
-    Family("OPT", "opt", stack="model.decoder.layers", norm="model.decoder.final_layer_norm"),
-    Family("Falcon", "falcon", stack="transformer.h", norm="transformer.ln_f"),
-    Family("Baichuan2", "baichuan", note=_REMOTE),
-    Family("InternLM2", "internlm2", note=_REMOTE),
+    Family("OPT", "opt", stack="model.decoder.layers", norm="model.decoder.final_layer_norm", documents=MASK),
+    Family("Falcon", "falcon", stack="transformer.h", norm="transformer.ln_f", documents=MASK),
+    Family("Baichuan2", "baichuan", documents=NOT_APART, note=_REMOTE),
+    Family("InternLM2", "internlm2", documents=NOT_APART, note=_REMOTE),
 )
 
 # Names that Transformers gives to lists with one entry a layer; an unlisted family is cut by these.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from laco_train.training.attention import attends_by_documents, document_masks
+from laco_train.training.documents import document_masks_of
 
 Batch = dict[str, Tensor]
 
@@ -22,7 +23,7 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy in nats per target token.
 
     Documents in a block are kept apart by positions that restart, which Transformers honours only without a cache and
-    without an attention mask.
+    without an attention mask, and where it does not, by masks (`laco_train.training.documents`).
 
     Args:
         batch: ``input_ids``, ``labels`` (-100 where nothing is to be predicted) and ``position_ids``, each (B, T).
@@ -39,6 +40,8 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     }
     if attends_by_documents(model):
         inputs |= document_masks(batch["position_ids"], getattr(model.config, "sliding_window", None))
+    else:
+        inputs |= document_masks_of(model, batch["position_ids"])
     return inputs
 
 

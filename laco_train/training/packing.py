@@ -1,7 +1,7 @@
 """Documents to fixed blocks: pure generators, which read only as far as their consumer does.
 
 Packed documents are isolated by ``position_ids`` that restart at 0: Transformers derives a block-diagonal mask from
-them if the model is called without an attention mask and with ``use_cache=False``.
+them if the model is called without an attention mask and with ``use_cache=False``; `documents` tells where it does not.
 """
 
 from collections.abc import Iterable, Iterator
