@@ -1,7 +1,9 @@
 """What no model, text or machine could satisfy in a recipe's sections; each check names the key. Imports no torch."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from laco_train.errors import InputError
 from laco_train.settings import (
@@ -72,6 +74,19 @@ def check_budget(s: BudgetSettings) -> None:
     key, shares = "budget.evaluate_at", s.evaluate_at
     check_static(key, all(0 < share <= 1 for share in shares), f"must be shares above 0, 1 at most, is {shares}")
     check_static(key, len(set(shares)) == len(shares), f"names a share twice: {shares}")
+
+
+def check_limits(trainer: Mapping[str, Any]) -> None:
+    """Refuse options of the Trainer with which a fit would train on nothing, or never tell a loss."""
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        nothing = "is 0, so nothing would train; the verb collapse does without"
+        check_static(f"trainer.{name}", trainer.get(name) != 0, nothing)
+    none = trainer.get("limit_val_batches") == 0
+    check_static("trainer.limit_val_batches", not none, "is 0, so that no loss would be told; give it some")
+    every = trainer.get("val_check_interval")
+    check_static("trainer.val_check_interval", every is None or every != 0, "must be above 0, is 0")
+    batches = trainer.get("accumulate_grad_batches", 1)
+    check_static("trainer.accumulate_grad_batches", batches >= 1, f"must be 1 or more, is {batches}")
 
 
 def check_evaluation(s: EvaluationSettings) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from laco_train.errors import InputError
+
 _NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -17,8 +19,17 @@ def named_dtype(name: str) -> torch.dtype:
 
 
 def weights_dtype(name: str, precision: str) -> torch.dtype:
-    """The type called `name`; for ``auto`` that of Lightning's `precision`, float32 unless it ends in ``-true``."""
-    return _TRUE.get(precision, torch.float32) if name == "auto" else _NAMED[name]
+    """The type called `name`; for ``auto`` that of Lightning's `precision`, float32 unless it ends in ``-true``.
+
+    Raises:
+        InputError: `precision` makes all weights of another type.
+    """
+    cast = _TRUE.get(precision)
+    if name == "auto":
+        return cast or torch.float32
+    if cast not in (None, _NAMED[name]):
+        raise InputError("model.dtype", f"is {name}, but weights are cast by trainer.precision {precision}; say auto")
+    return _NAMED[name]
 
 
 def forward_context(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

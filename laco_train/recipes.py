@@ -20,7 +20,7 @@ def shipped(kind: str) -> Path:
 
 def find(kind: str, name: str) -> Path | None:
     """The file `name` as a path, under ./`kind`, or among the shipped files; None if there is none."""
-    for candidate in (Path(name).expanduser(), Path(kind) / name, shipped(kind) / name):
+    for candidate in (Path(os.path.expanduser(name)), Path(kind) / name, shipped(kind) / name):
         if os.path.isfile(candidate):  # unlike Path.is_file, False for a name that is too long
             return candidate
     return None

@@ -40,7 +40,7 @@ def run(args: list[str]) -> None:
     from laco_train.study.curves import arms_of
     from laco_train.study.read import read_runs
 
-    output = Path(config.output)
+    output = Path(config.output).expanduser()
     refuse_nonempty(output, "--output")
     runs = [one for folder in config.runs for one in read_runs(Path(folder))]
 

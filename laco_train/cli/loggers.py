@@ -1,15 +1,20 @@
 """Which loggers a run has: fit's own TensorBoardLogger, and beside it those that the recipe names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 
+def logs_in(trainer: Mapping[str, Any]) -> Path:
+    """Where runs go, by the recipe's section `trainer`; Lightning reads ``~`` as the user's folder too."""
+    return Path(trainer.get("default_root_dir") or ".").expanduser() / "lightning_logs"
+
+
 def replaces_own(named: Any) -> bool:
     """Whether `named`, the value of trainer.logger, leaves no place for fit's own logger."""
-    return named is False or any(isinstance(logger, TensorBoardLogger) for logger in _listed(named))
+    return named is False or any(isinstance(logger, TensorBoardLogger) for logger in listed(named))
 
 
 def loggers_of(named: Any, own: Callable[[], TensorBoardLogger]) -> list[Logger] | bool:
@@ -19,7 +24,7 @@ def loggers_of(named: Any, own: Callable[[], TensorBoardLogger]) -> list[Logger]
     """
     if named is False:
         return False
-    loggers = _listed(named)
+    loggers = listed(named)
     if not replaces_own(named):
         loggers = [own(), *loggers]
     return sorted(loggers, key=lambda logger: not isinstance(logger, TensorBoardLogger))
@@ -46,7 +51,8 @@ def remove_empty(folder: Path, levels: int) -> None:
         empty.rmdir()
 
 
-def _listed(named: Any) -> list[Logger]:
+def listed(named: Any) -> list[Any]:
+    """What an option of the Trainer that takes one, several or a bool names."""
     if named is None or isinstance(named, bool):
         return []
     return list(named) if isinstance(named, list) else [named]

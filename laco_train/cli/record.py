@@ -9,8 +9,32 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
 from laco_train.cli.resume import CONFIG_FILE, claim
+from laco_train.errors import InputError
 from laco_train.files import write_whole
 from laco_train.settings import SECTIONS
+
+
+def take_folder(trainer: Trainer, resumes: str | None) -> None:
+    """Make the folder of a new run, for this run alone, before anything is written there. For rank 0.
+
+    Args:
+        resumes: the checkpoint that the run goes on from; a run may go on in the folder that holds it.
+
+    Raises:
+        InputError: it is another run's.
+    """
+    logger = trainer.logger
+    while isinstance(logger, TensorBoardLogger) and logger._version is None:
+        try:
+            Path(logger.log_dir).mkdir(parents=True)
+            return
+        except FileExistsError:  # another process took the number meanwhile
+            logger._version = None
+    folder = Path(str(trainer.log_dir))
+    within = resumes is not None and folder.resolve() in Path(resumes).resolve().parents
+    if (folder / CONFIG_FILE).exists() and not within:
+        raise InputError("trainer.logger", f"puts this run into {folder}, which holds another; name another place")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 class RecordConfig(SaveConfigCallback):

@@ -2,6 +2,7 @@
 
 import fcntl
 import fnmatch
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -164,6 +165,19 @@ def check_options(resume: str | None, run: str | None, ckpt_path: str | None, ow
 def is_finished(folder: Path, exports: bool) -> bool:
     """Whether a run is at its end, its export included if it `exports`."""
     return (folder / SUMMARY_FILE).is_file() and (not exports or (folder / "export").is_dir())
+
+
+def end_of(folder: Path) -> str:
+    """That a finished run needs no resume, or how to go on with one that time ended."""
+    try:
+        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        summary = {}
+    if not summary.get("out_of_time"):
+        return f"{folder} is finished: there is nothing to resume."
+    last = newest_good(folder / "checkpoints")
+    further = f"start a run with a longer one and --ckpt_path {last}" if last else "start a run with a longer one"
+    return f"{folder} is finished: trainer.max_time ended it after step {summary['steps']}; to go further, {further}."
 
 
 def claim(folder: Path, key: str = "--resume") -> TextIO:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 from rich.table import Table
 
@@ -41,6 +42,7 @@ def write_summary(
         "samples": {"prompts": list(samples.prompts), **samples.written},
         "data": trainer.datamodule.summary(),  # type: ignore[attr-defined]
         "steps": trainer.global_step,
+        "out_of_time": out_of_time(trainer, module),
         "tokens": curves.tokens,
         "search_seconds": plan.calibration.seconds if plan.calibration else 0.0,
         "training_seconds": curves.validation[-1][3],
@@ -56,6 +58,13 @@ def write_summary(
     }
     path = Path(str(trainer.log_dir)) / "summary.json"
     write_whole(path, json.dumps(values, indent=1) + "\n")
+
+
+def out_of_time(trainer: Trainer, module: CausalLM) -> bool:
+    """Whether trainer.max_time ended the run before its last step."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    left = [timer.time_remaining() for timer in timers]
+    return trainer.global_step < module.total_steps() and any(time is not None and time <= 0 for time in left)
 
 
 def print_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer, export: Path | None) -> None:

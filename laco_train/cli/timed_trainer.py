@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 
 from laco_train.callbacks.curves import Curves
 
@@ -26,3 +28,9 @@ class TimedTrainer(Trainer):
             if isinstance(callback, Curves):
                 callback.pause(self)
         super().save_checkpoint(filepath, weights_only, storage_options)
+
+
+def say_device(trainer: Trainer) -> None:
+    """Tell who may expect a GPU that none is used."""
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.is_global_zero:
+        print(f"No GPU is used: this run is on the CPU ({torch.get_num_threads()} threads).", flush=True)

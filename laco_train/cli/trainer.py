@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -28,6 +27,7 @@ from laco_train.callbacks.kernels import ReportKernels
 from laco_train.callbacks.layer_collapse import LayerCollapse
 from laco_train.callbacks.memory import Memory
 from laco_train.callbacks.newest_checkpoint import NewestCheckpoint
+from laco_train.callbacks.opened_data import CheckOpenedData
 from laco_train.callbacks.preemption import StopOnSignal
 from laco_train.callbacks.progress import RunProgressBar
 from laco_train.callbacks.samples import Moment, Samples
@@ -40,26 +40,28 @@ from laco_train.checks import (
     check_data,
     check_evaluation,
     check_export,
+    check_limits,
     check_model,
     check_static,
 )
 from laco_train.cli.endings import ended_by_signal, leave_no_trace
-from laco_train.cli.loggers import logger_in, loggers_of, replaces_own
+from laco_train.cli.loggers import listed, logger_in, loggers_of, logs_in, replaces_own
 from laco_train.cli.parsing import OneLineErrors, add_recipe_flag, resolve_arguments
 from laco_train.cli.quiet import quieten
 from laco_train.cli.ranks import ending_children, part_ranks, rank_zero_speaks_first
-from laco_train.cli.record import RecordConfig
+from laco_train.cli.record import RecordConfig, take_folder
 from laco_train.cli.resume import (
     EarlierRun,
     RunIsFinished,
     check_options,
     claim,
     earlier_run,
+    end_of,
     is_finished,
     refuse_other_recipe,
 )
 from laco_train.cli.summary import print_summary, write_summary
-from laco_train.cli.timed_trainer import TRAINER_DEFAULTS, TimedTrainer
+from laco_train.cli.timed_trainer import TRAINER_DEFAULTS, TimedTrainer, say_device
 from laco_train.collapse import CollapsePlan
 from laco_train.collapse.composition import from_the_first_model, plan_of_source
 from laco_train.collapse.families import depth_of
@@ -178,6 +180,8 @@ class RecipeCLI(LightningCLI):
         self.datamodule = PackedText(self.data_settings, self.load_tokenizer)
         self.samples = Samples(prompts_of(self.evaluation_settings))
         self.collapse = self._collapse_callback()
+        one = self.subcommand == "fit" or self.checkpoint is not None or not self.config_init["validate"].rounds
+        check_static("rounds", one, "make several models; validate one of them by the --ckpt_path of its round")
         self.utilisation, self.memory = Utilisation(), Memory()
         self.curves = Curves(self.collapse, self.utilisation)
         tasks = questions_of(self.evaluation_settings) if self.subcommand == "fit" else []
@@ -188,7 +192,7 @@ class RecipeCLI(LightningCLI):
             check_kernels(self.speed_settings, self.trainer.strategy.root_device)
         if self.checkpoint is not None:
             refuse_other_layout(self.checkpoint, self.trainer, resuming=self.subcommand == "fit")
-        self._say_device()
+        say_device(self.trainer)
         self._check_against_model()
 
     def _earlier_run(self) -> EarlierRun | None:
@@ -198,14 +202,14 @@ class RecipeCLI(LightningCLI):
         if given.resume is None:
             return None
         say = rank_zero_only(partial(print, flush=True))
-        runs = Path(trainer.get("default_root_dir") or ".") / "lightning_logs" / self.recipe
+        runs = logs_in(trainer) / self.recipe
         earlier = earlier_run(runs, given.run, say)
         if earlier is None:
             say(f"No run has begun in {runs} yet: this one is the first.")
             return None
         refuse_other_recipe(earlier, self._parser("fit").dump(self.config["fit"], skip_unset=False))
         if is_finished(earlier.folder, self.export_settings.enabled):
-            raise RunIsFinished(f"{earlier.folder} is finished: there is nothing to resume.")
+            raise RunIsFinished(end_of(earlier.folder))
         return self._go_on(earlier)
 
     def _go_on(self, earlier: EarlierRun) -> EarlierRun:
@@ -247,45 +251,41 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer with our callbacks, logging to lightning_logs/<recipe>/version_N unless told otherwise."""
         trainer_config = {**self._get(self.config_init, "trainer"), **kwargs}
-        own = partial(self._logger, trainer_config.get("default_root_dir") or ".")
+        own = partial(self._logger, logs_in(trainer_config))
         trainer_config["logger"] = loggers_of(trainer_config.get("logger"), own)
         if self.budget_settings.max_tokens is not None and trainer_config.get("max_epochs") is None:
             trainer_config["max_epochs"] = -1  # else Lightning would end the run after 1000
         self.signals, seeds = StopOnSignal(), SeedSteps(self.model.seed)
-        callbacks: list[Callback] = [FreezeGarbage(), self.memory, self.collapse, StopAtBudget()]
+        began_with = self.checkpoint.data if self.earlier is not None and self.checkpoint is not None else None
+        opened = CheckOpenedData(began_with)
+        callbacks: list[Callback] = [FreezeGarbage(), self.memory, opened, self.collapse, StopAtBudget()]
         callbacks += [self.utilisation, EstimateDuration(self.utilisation)]
         callbacks += [ReportKernels(), self.curves, EvaluateAt(self.curves), Divergence()]
         callbacks += [self.tasks] if self.tasks.tasks else []
         callbacks += [self.samples] if self.samples.prompts else []
         callbacks += [seeds, MarkEventFiles(), StayStopped(), self.signals, *self._checkpoints(trainer_config)]
-        trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), VerifiedCheckpointIO()]
+        trainer_config["plugins"] = [*listed(trainer_config.get("plugins")), VerifiedCheckpointIO()]
         if trainer_config.get("enable_progress_bar") is not False:
             callbacks.append(RunProgressBar())
         refuse_strategy(trainer_config.get("strategy") or "auto")
         use_our_ddp()
-        batches = trainer_config.get("accumulate_grad_batches", 1)
-        check_static("trainer.accumulate_grad_batches", batches >= 1, f"must be 1 or more, is {batches}")
+        if self.subcommand == "fit":
+            check_limits(trainer_config)
         try:
             return self._instantiate_trainer(trainer_config, callbacks)
         except (ValueError, TypeError) as error:  # an accelerator or strategy of no such name, devices below 0
             raise InputError("trainer", str(error).splitlines()[0]) from error
 
-    def _logger(self, root: str) -> TensorBoardLogger:
+    def _logger(self, logs: Path) -> TensorBoardLogger:
         if self.earlier is None:
-            return TensorBoardLogger(Path(root) / "lightning_logs", name=self.recipe, default_hp_metric=False)
+            return TensorBoardLogger(logs, name=self.recipe, default_hp_metric=False)
         return logger_in(self.earlier.folder)
 
     @staticmethod
     def _checkpoints(trainer_config: dict[str, Any]) -> list[Checkpoint]:
         """Ours, unless the recipe names another or wants none."""
-        named = any(isinstance(callback, Checkpoint) for callback in _as_list(trainer_config.get("callbacks")))
+        named = any(isinstance(callback, Checkpoint) for callback in listed(trainer_config.get("callbacks")))
         return [] if named or trainer_config.get("enable_checkpointing") is False else [NewestCheckpoint()]
-
-    def _say_device(self) -> None:
-        if isinstance(self.trainer.accelerator, CPUAccelerator) and self.trainer.is_global_zero:
-            import torch
-
-            print(f"No GPU is used: this run is on the CPU ({torch.get_num_threads()} threads).", flush=True)
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -317,7 +317,10 @@ class RecipeCLI(LightningCLI):
             if self.trainer.is_global_zero:
                 claim(self.earlier.folder).close()
                 self.earlier.tidy()
-        elif self.export_settings.enabled and self.trainer.log_dir:
+            return
+        if self.trainer.is_global_zero:
+            take_folder(self.trainer, self._get(self.config_init, "ckpt_path"))
+        if self.export_settings.enabled and self.trainer.log_dir:
             refuse_nonempty(self._export_to(), "export")
 
     def after_fit(self) -> None:
@@ -379,15 +382,11 @@ class RecipeCLI(LightningCLI):
         )
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 def run(verb: str, args: list[str], cli: type[RecipeCLI] = RecipeCLI) -> None:
     """Run `verb` of the Trainer with command-line arguments `args`."""
     quieten()
-    arguments, recipe = resolve_arguments(args)
     with rank_zero_speaks_first():
+        arguments, recipe = resolve_arguments(args)
         try:
             cli([verb, *arguments], recipe)
         except MisconfigurationException as error:

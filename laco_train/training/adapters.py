@@ -14,11 +14,13 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     """Wrap `model` (already collapsed, else adapters name layers that go) with trainable adapters.
 
     Raises:
-        InputError: a name in `settings.targets` is that of no module with a weight matrix.
+        InputError: a name in `settings.targets` is that of no module with a weight matrix, of one that peft can't
+            adapt, or of an embedding that is the head too.
     """
     targets = [settings.targets] if isinstance(settings.targets, str) else settings.targets
     if targets != [ALL_LINEAR]:
         _refuse_unmatched(model, targets)
+        _refuse_tied(model, targets)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -26,7 +28,10 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(model, config)
+    try:
+        wrapped = get_peft_model(model, config)
+    except ValueError as error:  # a matrix of a module of another kind, such as a router's
+        raise InputError("model.lora.targets", str(error).splitlines()[0]) from error
     assert isinstance(wrapped, PeftModel)
     return wrapped
 
@@ -35,6 +40,24 @@ def _refuse_unmatched(model: PreTrainedModel, targets: list[str]) -> None:
     # peft matches whole names or their ends, and is silent if only some of several targets match
     matrices = [name.removesuffix(".weight") for name, p in model.named_parameters() if p.ndim == 2]
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in matrices):
+        if not any(_matches(name, target) for name in matrices):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
             raise InputError("model.lora.targets", f"{target} matches no module; this model has {known}")
+
+
+def _refuse_tied(model: PreTrainedModel, targets: list[str]) -> None:
+    # an adapter acts on the way in alone, but merged it would change the head as well
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    for target in targets:
+        if _matches(name, target):
+            raise InputError(
+                "model.lora.targets",
+                f"{target} is the head too in this model, so that a merged adapter would change both; leave it out",
+            )
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

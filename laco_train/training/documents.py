@@ -63,7 +63,7 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _moved(model: PreTrainedModel) -> Tensor:
     """How far logits of a document are from those it has alone, relative to these."""
-    device = model.get_input_embeddings().weight.device
+    device = next(model.parameters()).device
     ids = torch.arange(2 * _TOKENS, device=device)[None] % model.config.get_text_config().vocab_size
     places = ids.new_tensor([[*range(_TOKENS)] * 2])
     behind = model(input_ids=ids, position_ids=places, use_cache=False).logits[:, _TOKENS:].float()

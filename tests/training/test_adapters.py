@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 from laco_train.errors import InputError
 from laco_train.settings import LoraSettings
 from laco_train.training.adapters import attach_lora
+from tests.collapse.tiny import tiny
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -47,3 +48,23 @@ def test_settings_arrive_and_only_adapters_train(tiny_llama: Callable[..., Llama
     assert len(trainable) == 4
     assert all(".v_proj.lora_" in name and 3 in shape for name, shape in trainable.items())
     assert torch.equal(wrapped.eval()(torch.arange(9)[None]).logits, before)  # an adapter starts as nothing
+
+
+@pytest.mark.parametrize("targets", ["embed_tokens", ["q_proj", "model.embed_tokens"]])
+def test_an_embedding_that_is_the_head_too(
+    tiny_llama: Callable[..., LlamaForCausalLM], targets: str | list[str]
+) -> None:
+    """Merged, its adapter would change the head as well: another model than the one that trained."""
+    with pytest.raises(InputError, match=r"^model.lora.targets: .*embed_tokens is the head too"):
+        attach_lora(tiny_llama(layers=1, tie_word_embeddings=True), LoraSettings(targets=targets))
+    model = attach_lora(tiny_llama(layers=1, tie_word_embeddings=False), LoraSettings(targets=targets)).eval()
+    for name, weights in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(weights)
+    trained = model(torch.arange(9)[None]).logits
+    torch.testing.assert_close(model.merge_and_unload()(torch.arange(9)[None]).logits, trained)
+
+
+def test_a_matrix_that_peft_cannot_adapt() -> None:
+    with pytest.raises(InputError, match=r"^model.lora.targets: Target module GptOssTopKRouter"):
+        attach_lora(tiny("gpt_oss"), LoraSettings(targets=["router"]))

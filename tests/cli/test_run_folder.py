@@ -1,0 +1,150 @@
+"""Whose a run's folder is, where it lies, and what is refused before anything is written to one."""
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from laco_train.cli.record import take_folder
+from tests.cli.runs import Project, Result
+from tests.cli.test_resume_auto import broken_off, resume
+
+
+class Overtaken(TensorBoardLogger):
+    """Looked for the next number before another process took it."""
+
+    looked = False
+
+    def _get_next_version(self) -> int:
+        number = super()._get_next_version()
+        number -= 0 if self.looked else 1
+        self.looked = True
+        return number
+
+
+def refused(result: Result, key: str, problem: str) -> None:
+    """In one line that names `key`."""
+    assert result.code == 2, result.out
+    (line,) = (line for line in result.err.splitlines() if line.startswith("laco_train: "))
+    assert line.startswith(f"laco_train: error: {key}: ") and problem in line
+    assert "Traceback" not in result.err
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """What a run goes on from, and what says how it began."""
+    names = ("config.yaml", "collapse_plan.json", "checkpoints/*.ckpt")
+    return {path.name: path.read_bytes() for name in names for path in folder.glob(name)}
+
+
+def test_a_number_that_another_process_took_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "tiny" / "version_0").mkdir(parents=True)
+    logger = Overtaken(tmp_path, name="tiny")
+    take_folder(Trainer(accelerator="cpu", logger=logger), None)
+    assert logger.log_dir == str(tmp_path / "tiny" / "version_1")
+    assert (tmp_path / "tiny" / "version_1").is_dir()
+
+
+def test_a_folder_that_holds_a_run_is_no_place_for_another(project: Project) -> None:
+    here = ["--trainer.logger", "false", "--trainer.default_root_dir", "out"]
+    first = project("fit", "--recipe", "tiny.yaml", *here, "--trainer.max_steps", "2")
+    assert first.code == 0, first.err
+    assert {"config.yaml", "collapse_plan.json", "summary.json"} <= {
+        path.name for path in (project.root / "out").iterdir()
+    }
+    before = project.files()
+    refused(project("fit", "--recipe", "tiny.yaml", *here), "trainer.logger", "out, which holds another")
+    assert project.files() == before
+    (checkpoint,) = project.root.glob("out/checkpoints/*.ckpt")
+    on = project("fit", "--recipe", "tiny.yaml", *here, "--ckpt_path", str(checkpoint), "--export.enabled", "false")
+    assert on.code == 0, on.err
+
+
+def test_the_users_folder(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = project.root / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    there = "--trainer.default_root_dir=~/runs"
+    assert project("fit", "--recipe", "tiny.yaml", there).code == 0
+    (run,) = home.glob("runs/lightning_logs/tiny/version_*")
+    assert {"config.yaml", "summary.json", "checkpoints", "export"} <= {path.name for path in run.iterdir()}
+    assert not (project.root / "~").exists()
+    again = project("fit", "--recipe", "tiny.yaml", there, "--resume", "auto")
+    assert again.code == 0 and "is finished" in again.out
+    compared = project("compare", "--output=~/page", str(run))
+    assert compared.code == 0, compared.err
+    assert (home / "page").is_dir() and not (project.root / "~").exists()
+
+
+@pytest.mark.parametrize("role", ["train", "validation"])
+def test_another_text_than_the_run_began_with(project: Project, role: str) -> None:
+    folder = broken_off(project, 5)
+    path = project.root / f"{role}.jsonl"
+    then = path.read_text()
+    path.write_text(
+        then + '{"text": "A line that was not there when the run began, long enough for a block of tokens."}\n'
+    )
+    before = kept(folder)
+    refused(resume(project), f"data.{role}", "is another text than when the run began")
+    assert kept(folder) == before
+    path.write_text(then)
+    assert resume(project).code == 0
+    assert (folder / "summary.json").exists()
+
+
+def test_a_run_that_time_ended(project: Project) -> None:
+    limits = ["--trainer.max_steps", "100000", "--export.enabled", "false"]
+    ended = project("fit", "--recipe", "tiny.yaml", *limits, "--trainer.max_time", "00:00:00:01")
+    assert ended.code == 0, ended.err
+    again = resume(project, *limits, "--trainer.max_time", "00:01:00:00")
+    assert again.code == 0
+    (checkpoint,) = project.root.glob("lightning_logs/tiny/version_0/checkpoints/*.ckpt")
+    said = again.out.splitlines()[-1]
+    assert "trainer.max_time ended it after step" in said and said.endswith(
+        f"--ckpt_path {checkpoint.relative_to(project.root)}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("max_steps", "0", "nothing would train"),
+        ("max_epochs", "0", "nothing would train"),
+        ("limit_train_batches", "0", "nothing would train"),
+        ("limit_val_batches", "0", "no loss would be told"),
+        ("val_check_interval", "0", "must be above 0"),
+        ("accumulate_grad_batches", "0", "must be 1 or more"),
+    ],
+)
+def test_limits_that_leave_nothing(project: Project, key: str, value: str, problem: str) -> None:
+    before = project.files()
+    refused(project("fit", "--recipe", "tiny.yaml", f"--trainer.{key}", value), f"trainer.{key}", problem)
+    assert project.files() == before
+
+
+def test_validation_that_no_epoch_comes_to(project: Project) -> None:
+    options = ["--trainer.check_val_every_n_epoch", "1", "--trainer.val_check_interval", "100000"]
+    result = project("fit", "--recipe", "tiny.yaml", *options)
+    refused(result, "trainer.val_check_interval", "more than the")
+    assert "Validation loss" not in result.out  # told before the search
+    assert not list(project.root.glob("lightning_logs/*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "problem"),
+    [
+        (["--model.dtype=float32", "--trainer.precision=bf16-true"], "model.dtype", "trainer.precision bf16-true"),
+        (["--model.dtype=bfloat16", "--trainer.precision=16-true"], "model.dtype", "trainer.precision 16-true"),
+    ],
+)
+def test_weights_of_two_types(project: Project, arguments: list[str], key: str, problem: str) -> None:
+    refused(project("fit", "--recipe", "tiny.yaml", *arguments), key, problem)
+
+
+def test_a_recipe_of_nobody(project: Project) -> None:
+    refused(project("fit", "--recipe", "~nosuchuser/x.yaml"), "--recipe", "no file")
+
+
+def test_validate_takes_one_model(project: Project) -> None:
+    rounds = ["--rounds", "[{target_depth: 4}]", "--collapse.similarity_threshold", "null"]
+    refused(project("validate", "--recipe", "tiny.yaml", *rounds), "rounds", "--ckpt_path of its round")
