@@ -21,7 +21,7 @@ from laco_train.collapse.similarity import read_calibration
 from laco_train.errors import InputError
 from laco_train.models import load_tokenizer
 from laco_train.progress import bar, search_progress
-from laco_train.refine import Place, refine, refining
+from laco_train.refine import Place, leading_batches, refine, refining
 from laco_train.settings import CollapseSettings
 from laco_train.training.documents import keeps_documents_apart
 from laco_train.training.loss import Batch, mean_loss
@@ -102,7 +102,7 @@ class LayerCollapse(Callback):
             losses["original"] = self._measure(trainer, pl_module, "original", data.all_validation())
             if looks is not None:
                 looks("original", model)
-        refines = self.settings.refine.tokens > 0 and not pl_module.settings.from_scratch and stage == "fit"
+        refines = self.settings.refine.tokens > 0 and not pl_module.settings.from_scratch
         if refines and streamed:
             raise InputError(
                 "collapse.refine.tokens", "needs the original on the device, which is smaller; set it to 0"
@@ -175,10 +175,9 @@ class LayerCollapse(Callback):
         for model in models:
             model.to(device)  # type: ignore[arg-type]  # Transformers wraps to() for bitsandbytes
         with refining(*models, pl_module.speed, trainer.strategy, data, context, together=r.windows < 1) as divergence:
-            batches = data.leading(r.tokens // data.settings.block_size, r.batch_size)
+            batches = leading_batches(data, r)
             plan = refine(original, collapsed, plan, batches, r, Place(device, context, divergence))
-        assert plan.refined is not None
-        print(f"Refined in {plan.refined.seconds:.1f} s", flush=True)
+        print(f"Refined in {plan.refinement.seconds:.1f} s", flush=True)
         return plan
 
     def _report_overlap(self, trainer: Trainer, pl_module: CausalLM) -> None:

@@ -1,5 +1,6 @@
 """`analyze --recipe R --output DIR`: why layers collapse, as a page, pictures and tables."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,8 +107,9 @@ def _analyse(
     decoder = decoder_of(model)
     grid = sweep_grid(sweep, collapse, decoder.depth) if sweep.requested else []
     batch = calibration_batch(tokenizer, read_calibration(collapse.calibration))
-    # streamed weights need room for the largest window
-    settings = max(grid, key=lambda one: one.layers_per_merge, default=collapse)
+    # streamed weights need room for the largest window; without a sweep nothing is chosen, so by no strategy
+    unswept = dataclasses.replace(collapse, strategy="laco")
+    settings = max(grid, key=lambda one: one.layers_per_merge, default=unswept)
     with placed(decoder, settings, device) as placement:
         with _layers_counted(decoder, "Hidden states and loss of the original", passes=2):
             walk = Walk(decoder, batch, settings, placement)

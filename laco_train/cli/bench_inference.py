@@ -24,6 +24,8 @@ def parser() -> VerbParser:
     add("--turns", type=int, default=5, help="Turns of each model, loaded anew in each (%(default)s).")
     add("--device", type=str, default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:1.")
     add("--dtype", type=Dtype, default="auto", help="Type of the weights; auto: that of each model.")
+    trusted = "Run code that comes with a model (Baichuan2, InternLM2), if you trust that code."
+    add("--trust-remote-code", action="store_true", help=trusted)
     add("--output", type=str, default="inference.json", help="File to write; must not exist (%(default)s).")
     return p
 
@@ -35,7 +37,7 @@ def run(args: list[str]) -> None:
     for name in ("prompt_tokens", "new_tokens", "turns"):
         if config[name] < 1:
             raise InputError(f"--{name.replace('_', '-')}", f"must be 1 or more, is {config[name]}")
-    output = Path(config.output)
+    output = Path(config.output).expanduser()
     if output.exists() or not output.parent.is_dir():
         problem = "exists; name another file or remove it" if output.exists() else "is in no folder that exists"
         raise InputError("--output", f"{output} {problem}")
@@ -54,8 +56,8 @@ def run(args: list[str]) -> None:
     device = chosen_device(config.device)
     models = named_models(config.models, "models")
     work = Workload(batches, config.prompt_tokens, config.new_tokens, config.turns)
-    check_positions(models, work)
-    bench = run_bench(models, work, config.dtype, device)
+    check_positions(models, work, trust_remote_code=config.trust_remote_code)
+    bench = run_bench(models, work, config.dtype, device, trust_remote_code=config.trust_remote_code)
     write_whole(output, json.dumps(as_json(bench), indent=1) + "\n")
     console = Console()
     if not console.is_terminal:  # a file has no width, and 80 columns would break names

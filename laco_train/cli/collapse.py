@@ -42,18 +42,20 @@ def run(args: list[str]) -> None:
     from laco_train.models import load_config, load_model, load_tokenizer
     from laco_train.precision import forward_context, named_dtype, weights_dtype
     from laco_train.progress import search_progress
-    from laco_train.refine import Place, refine
+    from laco_train.refine import Place, leading_batches, refine
     from laco_train.training.data import PackedText
 
-    s = model_settings
-    check_collapse(collapse_settings, depth_of(load_config(s.source, trust_remote_code=s.trust_remote_code)))
+    s, r = model_settings, collapse_settings.refine
+    model_config = load_config(s.source, trust_remote_code=s.trust_remote_code)
+    check_collapse(collapse_settings, depth_of(model_config))
+    if r.tokens:  # else no block is made
+        check_data(ready.data, getattr(model_config, "max_position_embeddings", None))
     tokenizer = load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)
     precision = str((config.trainer or {}).get("precision") or "32-true")
     dtype = weights_dtype(s.dtype, precision)
     print(f"Loading {s.source} as {str(dtype).removeprefix('torch.')}", flush=True)
     model = load_model(s.source, dtype=dtype, trust_remote_code=s.trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    r = collapse_settings.refine
     original = copy.deepcopy(model) if r.tokens else None
     with search_progress(collapse_settings) as on_candidate:
         model, plan = collapse_model(
@@ -64,8 +66,8 @@ def run(args: list[str]) -> None:
             each.to(device)  # type: ignore[arg-type]  # Transformers wraps to() for bitsandbytes
         data = PackedText(ready.data, lambda: tokenizer)
         data.setup()
-        batches = data.leading(r.tokens // ready.data.block_size, r.batch_size)
-        plan = refine(original, model, plan, batches, r, Place(device, forward_context(precision, device)))
+        place = Place(device, forward_context(precision, device))
+        plan = refine(original, model, plan, leading_batches(data, r), r, place)
     print("\n".join(describe(plan)), flush=True)
     card = CardFacts(
         base_model=s.source, recipe=recipe or "", method=s.method, data={}, losses={}, tokens=0, steps=0, licence=None

@@ -32,6 +32,8 @@ def parser() -> VerbParser:
     add("--batch-size", type=int, default=16, help="Sequences in one forward pass (%(default)s).")
     add("--device", type=str, default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:1.")
     add("--dtype", type=Dtype, default="auto", help="Type of the weights; auto: the model's; on a CPU float32.")
+    trusted = "Run code that comes with a model (Baichuan2, InternLM2), if you trust that code."
+    add("--trust-remote-code", action="store_true", help=trusted)
     add("--output", type=str, default="evaluation", help="Folder to write; must not exist or be empty (%(default)s).")
     return p
 
@@ -49,7 +51,7 @@ def run(args: list[str]) -> None:
 
     from laco_train.export import refuse_nonempty
 
-    output = Path(config.output)
+    output = Path(config.output).expanduser()
     refuse_nonempty(output, "--output")
 
     from rich.console import Console
@@ -64,18 +66,21 @@ def run(args: list[str]) -> None:
     device = chosen_device(config.device)
     models = named_models([*([config.baseline] if config.baseline else []), *config.model])
     check_windows(config.block, config.stride)
-    prompts = PROMPTS if config.prompts is None else read_prompts(Path(config.prompts))
+    prompts = PROMPTS if config.prompts is None else read_prompts(Path(config.prompts).expanduser())
+    asked = prompts if config.samples else ()
     text = None if config.perplexity is None else read_text(config.perplexity)
-    check_models(models, None if text is None else config.block)
+    trusted = config.trust_remote_code
+    check_models(models, None if text is None else config.block, asked, trust_remote_code=trusted)
     what = Measures(
         tasks=load_tasks(names, chosen_suite(config.suite)) if names else [],
         limit=config.limit,
         text=text,
         block=config.block,
         stride=config.stride,
-        prompts=prompts if config.samples else (),
+        prompts=asked,
         batch_size=config.batch_size,
         dtype=config.dtype,
+        trust_remote_code=trusted,
     )
     evaluation = measure_all(models, config.baseline is not None, what, device)
     page = write_evaluation(evaluation, output)

@@ -54,7 +54,7 @@ def run(args: list[str]) -> None:
 
     from laco_train.export.whole import refuse_nonempty
 
-    output = Path(config.output)
+    output = Path(config.output).expanduser()
     refuse_nonempty(output, "--output")
 
     from laco_train.export.hub import check_push, planned_push, push
@@ -74,11 +74,16 @@ def run(args: list[str]) -> None:
 def _check(config: Any) -> None:
     """Refuse options that contradict each other."""
     check_export(ExportSettings(shard_size=config.shard_size))
-    if config.format != "hf":
-        given = "goes with --format hf only; drop it"
-        for option, default in (("dtype", "auto"), ("adapter", "merge")):
-            if getattr(config, option) != default:
-                raise InputError(f"--{option}", given)
+    options = (
+        ("dtype", "auto", "hf"),
+        ("adapter", "merge", "hf"),
+        ("shard_size", ExportSettings.shard_size, "hf"),
+        ("gguf_type", "f16", "gguf"),
+        ("llama_cpp", None, "gguf"),
+    )
+    for option, default, form in options:
+        if config.format != form and config[option] != default:
+            raise InputError(f"--{option.replace('_', '-')}", f"goes with --format {form} only; drop it")
     if config.format != "gguf" and config.unproven:
         raise InputError("--unproven", "goes with --format gguf only, as every other format is proven; drop it")
     if config.dry_run and config.push_to_hub is None:
@@ -117,7 +122,7 @@ def _export(config: Any, output: Path, form: "Format | None") -> None:
     from laco_train.training.loss import base_of
 
     keep = config.adapter == "keep"
-    path = _find(Path(config.checkpoint), adapters=keep)
+    path = _find(Path(config.checkpoint).expanduser(), adapters=keep)
     print(f"Reading {path}", flush=True)
     source = read_source(path, trust_remote_code=config.trust_remote_code)
     if keep and not isinstance(source.model, PeftModel):

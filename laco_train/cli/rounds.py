@@ -135,7 +135,7 @@ class RoundCLI(RecipeCLI):
         say = rank_zero_only(partial(print, flush=True))
         return self._go_on(EarlierRun(folder, newest_good(folder / "checkpoints", say)))
 
-    def _logger(self, root: str) -> TensorBoardLogger:
+    def _logger(self, logs: Path) -> TensorBoardLogger:
         return logger_in(self.run.folder_of(self.index))
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from laco_train.checks import check_collapse
 from laco_train.collapse.choice import Choice
-from laco_train.collapse.decoder import Decoder, collapsible, decoder_of, keep_layers
+from laco_train.collapse.decoder import Decoder, collapsible, decoder_of, keep_layers, parameters_a_layer
 from laco_train.collapse.merge import DROP, is_norm, merge_weights, merged_names
 from laco_train.collapse.placement import OnDevice, Streamed, free_bytes, resolve, rest_on, sizes_of
 from laco_train.collapse.plan import Calibration, Candidate, CollapsePlan, Parameters, dropped_by, lineage_after
@@ -186,11 +186,12 @@ def target_depth(decoder: Decoder, settings: CollapseSettings) -> int | None:
     """Layers that may remain at most, or None without a target.
 
     Raises:
-        InputError: the ratio asks for less than half a layer, or for more than all layers but one.
+        InputError: the ratio asks for less than half a layer, or for more than all layers but one; or layers differ in
+            size.
     """
     if settings.target_ratio is None:
         return settings.target_depth
-    layer = sum(p.numel() for p in decoder.stack.parameters()) / decoder.depth
+    layer = parameters_a_layer(decoder, "collapse.target_ratio")
     layers = round(settings.target_ratio * count_parameters(decoder.model) / layer)
     if not 1 <= layers < decoder.depth:
         raise InputError(

@@ -50,6 +50,22 @@ class Decoder:
         return (type(self.stack[index]).__name__, *listed)
 
 
+def parameters_a_layer(decoder: Decoder, key: str) -> int:
+    """Parameters of one layer, whichever it is.
+
+    Raises:
+        InputError: layers differ in size, so that the share of the parameters that recipe key `key` names is no depth.
+    """
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder.stack]
+    if min(sizes) < max(sizes):
+        raise InputError(
+            key,
+            f"layers of this {decoder.config.model_type} differ in size ({min(sizes):,} to {max(sizes):,} parameters), "
+            "so that a share of the parameters is no depth; set collapse.target_depth",
+        )
+    return sizes[0]
+
+
 def decoder_of(model: PreTrainedModel) -> Decoder:
     """The decoder of `model`; InputError for a model whose stack can't be told with certainty."""
     family = family_of(model)

@@ -52,7 +52,7 @@ def greedy(walk: Walk, settings: CollapseSettings, target: int | None, on_candid
             skipped = None if value else refusals.get(trial, _NOT_FINITE)
             similarity, loss = (value.similarity, value.loss) if value else (None, None)
             tried.note(Candidate(trial.at, trial.absorbed, similarity, trial == best, seconds, skipped, score=loss))
-        refuse_if_all_skipped(tried, settings)
+        refuse_if_all_skipped(tried)
         if best is None:
             break
         merges.append(Merge(best.at, best.absorbed, found[best].similarity))

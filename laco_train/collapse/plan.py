@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from laco_train.collapse.merge import COMPOSED, DROP, FITTED, RULES
+from laco_train.collapse.plan_settings import check_settings
 from laco_train.collapse.reading import build, plain
 from laco_train.errors import InputError
 
@@ -89,26 +90,39 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """What `collapse.refine` took: tokens, each as often as it was read, and seconds."""
+
+    tokens: int
+    seconds: float
+
+
+NOT_REFINED = Refinement(0, 0.0)
+
+
+@dataclass(frozen=True)
 class Refined:
     """Weights that the source and the merges do not give, in a safetensors file beside the plan.
 
     Attributes:
         file: its name, without a folder; its tensors are named as in the collapsed model.
         sha256: of its bytes.
-        tokens: tokens that fitting read, each as often as it was read.
-        seconds: time that fitting took.
+        tokens: tokens that fitting read, each as often as it was read; that of a strategy and refinement together.
+        seconds: time that fitting took, all of it too.
+        refinement: the part that was refinement; None in files written before it was told apart.
     """
 
     file: str
     sha256: str
     tokens: int
     seconds: float
+    refinement: Refinement | None = None
 
     @classmethod
-    def of(cls, weights: bytes, tokens: int, seconds: float) -> "Refined":
+    def of(cls, weights: bytes, tokens: int, seconds: float, refinement: Refinement = NOT_REFINED) -> "Refined":
         """The record of `weights`, the content of a safetensors file."""
         digest = hashlib.sha256(weights).hexdigest()
-        return cls(f"refined-{digest[:12]}.safetensors", digest, tokens, seconds)
+        return cls(f"refined-{digest[:12]}.safetensors", digest, tokens, seconds, refinement)
 
 
 @dataclass(frozen=True)
@@ -187,10 +201,15 @@ class CollapsePlan:
         _check(self)
 
     @property
-    def refinement(self) -> Refined | None:
-        """What refinement took (`collapse.refine`), a layer fitted by the strategy before it included; None without."""
+    def refinement(self) -> Refinement:
+        """What refinement took (`collapse.refine`), a layer fitted by the strategy before it aside."""
+        refined = self.refined
+        if refined is None:
+            return NOT_REFINED
+        if refined.refinement is not None:
+            return refined.refinement
         asked = (self.settings.get("refine") or {}).get("tokens", 0)
-        return self.refined if asked else None
+        return Refinement(refined.tokens, refined.seconds) if asked else NOT_REFINED
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, with the keys of the file."""
@@ -291,6 +310,7 @@ def dropped_by(source_depth: int, lineage: tuple[tuple[int, ...], ...]) -> tuple
 
 
 def _check(plan: CollapsePlan) -> None:
+    check_settings(plan.settings)
     rules = (*RULES, DROP, FITTED, COMPOSED)
     if plan.merge_rule not in rules:
         raise ValueError(f"merge_rule {plan.merge_rule!r} is not one of {', '.join(rules)}")

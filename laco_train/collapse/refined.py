@@ -6,6 +6,7 @@ from torch import Tensor
 
 from laco_train.collapse.choice import Fitted
 from laco_train.collapse.decoder import Decoder
+from laco_train.collapse.merge import FITTED
 from laco_train.collapse.plan import CollapsePlan, Refined
 from laco_train.errors import InputError
 
@@ -22,7 +23,8 @@ def refined_tensors(decoder: Decoder, plan: CollapsePlan, *, may_miss: bool) -> 
     """The tensors of `plan` by their names in the collapsed model; `decoder` is the source's.
 
     Raises:
-        InputError: they are not at hand (unless they `may_miss`), or are not weights of this model.
+        InputError: they are not at hand (unless they `may_miss`), are not weights of this model, or lack some of a
+            layer that a strategy fitted.
     """
     if plan.refined is None:
         return {}
@@ -46,4 +48,9 @@ def refined_tensors(decoder: Decoder, plan: CollapsePlan, *, may_miss: bool) -> 
     for tensor_name, tensor in tensors.items():
         if shapes.get(tensor_name) != tensor.shape:
             raise InputError("collapse.plan", f"{name} holds {tensor_name}, which does not fit the collapsed model")
+    if plan.merge_rule == FITTED:
+        fitted = tuple(f"{stack}.{new}." for new, held in enumerate(plan.lineage) if len(held) > 1)
+        missing = [each for each in shapes if each.startswith(fitted) and each not in tensors]
+        if missing:
+            raise InputError("collapse.plan", f"{name} lacks {missing[0]}, of a layer that was fitted")
     return tensors

@@ -7,7 +7,7 @@ decision where that is cheaper: until one is accepted, the standing model does n
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from laco_train.collapse.merge import DROP
@@ -56,8 +56,8 @@ def laco(walk: Walk, settings: CollapseSettings, target: int | None, on_candidat
     shallowest = walk.decoder.depth
     while True:
         walk.reset()
-        candidates = _algorithm_1(walk, settings, threshold, target, on_candidate)
-        refuse_if_all_skipped(candidates, settings)
+        candidates = algorithm_1(walk, settings, threshold, target, on_candidate)
+        refuse_if_all_skipped(candidates)
         shallowest = min(shallowest, len(walk.slots))
         if target is None or len(walk.slots) <= target:
             return Found(candidates, threshold)
@@ -72,9 +72,15 @@ def laco(walk: Walk, settings: CollapseSettings, target: int | None, on_candidat
         threshold = math.nextafter(max(below), -math.inf)  # a merge is kept only strictly above T
 
 
-def _algorithm_1(
+def algorithm_1(
     walk: Walk, settings: CollapseSettings, threshold: float, target: int | None, on_candidate: OnCandidate | None
 ) -> list[Candidate]:
+    """One run over `walk`, which is left at what was accepted, and the windows tried, in order.
+
+    Args:
+        threshold: T.
+        target: where to end if `settings.exact`; else, and with None, the pointer's end alone ends it.
+    """
     c = settings.layers_per_merge
     pointer = (settings.highest_layer or walk.decoder.depth) - c  # l, counted from 1
     candidates: list[Candidate] = []
@@ -110,11 +116,12 @@ def _ahead(walk: Walk, settings: CollapseSettings, pointer: int, floor: int) -> 
     return [Trial(at - 1, min(most, len(walk.slots) - at)) for at in pointers][: walk.trials_ahead]
 
 
-def refuse_if_all_skipped(candidates: list[Candidate], settings: CollapseSettings) -> None:
+def refuse_if_all_skipped(candidates: Sequence[Candidate]) -> None:
     """InputError if layer types alone kept every window from being tried."""
     if candidates and all(candidate.skipped == "layers of unlike types" for candidate in candidates):
+        sizes = sorted({candidate.absorbed + 1 for candidate in candidates})
         raise InputError(
             "collapse.mixed_types",
-            f"every window of {settings.layers_per_merge} layers mixes layer types, so all were skipped; "
+            f"every window of {' or '.join(map(str, sizes))} layers mixes layer types, so all were skipped; "
             "set collapse.mixed_types to first, or collapse.merge_rule to drop",
         )

@@ -106,6 +106,58 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _inputs(decoder: Decoder, batch: CalibrationBatch, copies: int) -> dict[str, Any]:
+    """Arguments of the model without its head for `copies` of the batch, one after the other.
+
+    Raises:
+        InputError: a sample is longer than the model's table of positions.
+    """
+    positions, longest = _learned_positions(decoder), batch.input_ids.shape[1]
+    if positions is not None and longest > positions:
+        raise InputError(
+            "collapse.calibration",
+            f"has a sample of {longest} tokens, more than the model's {positions} positions; split it",
+        )
+    embeddings = next(decoder.model.get_input_embeddings().parameters()).shape[0]
+    # a pad token that was added to the tokenizer alone has no embedding; any other will do, as it is masked
+    known = batch.mask.bool() | (batch.input_ids < embeddings)
+    return {
+        "input_ids": batch.input_ids.where(known, 0).repeat(copies, 1).to(decoder.device),
+        "attention_mask": batch.mask.repeat(copies, 1).to(decoder.device),
+        "use_cache": False,
+    }
+
+
+def _learned_positions(decoder: Decoder) -> int | None:
+    """Length of the table that positions are looked up in; None where they are computed and so have no end."""
+    limit = getattr(decoder.config, "max_position_embeddings", None)
+    tokens = decoder.model.get_input_embeddings()
+    tables = [m for m in decoder.model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    # OPT's has two more rows, which no token gets
+    return limit if limit is not None and any(0 <= m.num_embeddings - limit <= 2 for m in tables) else None
+
+
+def _refuse_reshaped(decoder: Decoder, batch: CalibrationBatch, *states: Tensor) -> None:
+    shapes = [tuple(each.shape) for each in states]
+    if any(len(shape) != 3 or shape[:2] != tuple(batch.mask.shape) or shape != shapes[0] for shape in shapes):
+        raise InputError(
+            "model.source",
+            f"{decoder.config.model_type} does not hand on one state a token from layer to layer (shapes "
+            f"{', '.join(map(str, shapes))} for {tuple(batch.mask.shape)} tokens); use a family that the README lists",
+        )
+
+
+def refuse_not_finite(decoder: Decoder, batch: CalibrationBatch, final: Tensor) -> None:
+    """InputError if the original's (S, T, D) `final` states are not all numbers, so that no cosine could be had."""
+    if not bool(torch.isfinite(final[batch.mask.bool()]).all()):
+        dtype = str(final.dtype).removeprefix("torch.")
+        raise InputError(
+            "model.source",
+            f"its final hidden states on the calibration text are not finite in {dtype}; set model.dtype: float32, or "
+            "if they are not even then, replace the weights: they are damaged",
+        )
+
+
 @contextmanager
 def _recording(decoder: Decoder) -> Iterator[tuple[list[Tensor], list[LayerCall]]]:
     entering: list[Tensor] = []
@@ -131,24 +183,25 @@ def original_states(decoder: Decoder, batch: CalibrationBatch) -> OriginalStates
 
     Raises:
         InputError: if norm(last layer) is not the model's final hidden state, so that walking the layers by hand would
-            compute another function than the model does.
+            compute another function than the model does; if that state is not finite; if a sample is too long.
     """
     model = decoder.model
-    device = next(model.parameters()).device
     with _recording(decoder) as (entering, calls):
-        base = model.base_model
-        output = base(input_ids=batch.input_ids.to(device), attention_mask=batch.mask.to(device), use_cache=False)
+        output = model.base_model(**_inputs(decoder, batch, 1))
     final = output[0]
     if len(calls) != decoder.depth:
         raise InputError("model.source", f"{model.config.model_type} did not call each of its layers once")
     last = decoder.stack[-1](entering[-1], *calls[-1].args, **calls[-1].kwargs)
     hidden = hidden_of(last)
     walked = hidden if decoder.norm is None else decoder.norm(hidden)
-    if not torch.equal(walked[batch.mask.bool()], final[batch.mask.bool()]):
-        worst = (walked - final).abs().max().item()
+    _refuse_reshaped(decoder, batch, walked, final)
+    refuse_not_finite(decoder, batch, final)
+    counted = batch.mask.bool()
+    if not torch.equal(walked[counted], final[counted]):
+        worst = (walked - final)[counted].abs().max().item()
         # the same arithmetic twice: only rounding may differ, where a device does not repeat itself
         within = 1e-5 if final.dtype == torch.float32 else 1e-2
-        if not worst <= within * final.abs().max().item():
+        if not worst <= within * final[counted].abs().max().item():
             kind = model.config.model_type
             raise InputError("model.source", f"{kind} does more after its last layer than a norm (off by {worst:.1e})")
     return OriginalStates(entering, calls, final, tuple_outputs=isinstance(last, tuple), output=output)
@@ -166,10 +219,11 @@ def states_to_come(
         run_first: output of the first layer, for the states that enter it and its call.
 
     Raises:
-        InputError: the model does more after its layers than a norm.
+        InputError: the model does more after its layers than a norm, or a sample is too long.
     """
     model = decoder.model
     calls, hidden, _ = _bypassed(decoder, batch, 1, tuple_outputs=False, layers=1)
+    _refuse_reshaped(decoder, batch, hidden)
     tuple_outputs = isinstance(run_first(hidden, calls[0]), tuple)
     calls, hidden, output = _bypassed(decoder, batch, 1, tuple_outputs=tuple_outputs, layers=None)
     final = hidden if decoder.norm is None else decoder.norm(hidden)
@@ -199,7 +253,7 @@ def _bypassed(
     Args:
         layers: end after so many layers, without an output; None: pass them all.
     """
-    device = decoder.device
+    inputs = _inputs(decoder, batch, copies)
     calls: list[LayerCall] = []
     entered: list[Tensor] = []
     output: Any = None
@@ -217,11 +271,7 @@ def _bypassed(
     for layer in decoder.stack:
         layer.forward = forward
     try:
-        output = decoder.model.base_model(
-            input_ids=batch.input_ids.repeat(copies, 1).to(device),
-            attention_mask=batch.mask.repeat(copies, 1).to(device),
-            use_cache=False,
-        )
+        output = decoder.model.base_model(**inputs)
     except _Recorded:
         pass
     finally:

@@ -23,6 +23,7 @@ from laco_train.collapse.similarity import (
     mean_cosine,
     original_states,
     recorded_calls,
+    refuse_not_finite,
     states_to_come,
 )
 from laco_train.collapse.slots import Measured, Removal, Slot, Trial
@@ -164,8 +165,9 @@ class Walk:
     def _settle(self) -> None:
         # the first sweep of a streamed model has just found the original's states
         if self._pending:
-            entering = self.entering[: len(self.slots)]
-            self.original = dataclasses.replace(self.original, entering=entering, final=self._final(self.entering[-1]))
+            entering, final = self.entering[: len(self.slots)], self._final(self.entering[-1])
+            refuse_not_finite(self.decoder, self.batch, final)
+            self.original = dataclasses.replace(self.original, entering=entering, final=final)
 
     @property
     def _pending(self) -> bool:

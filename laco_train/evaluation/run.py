@@ -13,13 +13,15 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from laco_train.collapse import count_parameters
 from laco_train.errors import InputError
 from laco_train.evaluation.harness import TaskRow, evaluate, require_harness
+from laco_train.evaluation.options import keys_of_options
 from laco_train.evaluation.perplexity import Perplexity, check_windows, measure_perplexity
 from laco_train.evaluation.result import Evaluation, ModelResult
-from laco_train.evaluation.samples import continuations
+from laco_train.evaluation.samples import NEW_TOKENS, check_prompts, continuations
 from laco_train.models import load_config, load_model, load_tokenizer
 from laco_train.precision import named_dtype
 from laco_train.progress import bar
 from laco_train.settings import Dtype
+from laco_train.training.cache import _canonical
 from laco_train.training.sources import resolve
 
 _LABEL = re.compile(r"(?P<name>[\w.-]+)=(?P<source>.+)")
@@ -46,6 +48,7 @@ class Measures:
         prompts: to write on after.
         batch_size: sequences in one forward pass.
         dtype: of the weights; auto: as the model's config says on a GPU, float32 on the CPU.
+        trust_remote_code: run code that comes with a model.
     """
 
     tasks: Sequence[TaskRow]
@@ -56,6 +59,7 @@ class Measures:
     prompts: tuple[str, ...]
     batch_size: int
     dtype: Dtype
+    trust_remote_code: bool
 
 
 def named_models(sources: Sequence[str], key: str = "--model") -> list[Named]:
@@ -83,14 +87,15 @@ def _named(source: str) -> Named:
 
 
 def read_text(files: Sequence[str]) -> str:
-    """The documents of `files`, a blank line between each two.
+    """The documents of `files` that training would take, a blank line between each two.
 
     Raises:
-        InputError: a file that is not there or can't be read.
+        InputError: a file that is not there or can't be read, or a row that holds no text.
     """
-    sources = resolve("--perplexity", list(files))
-    documents = [str(row.value) for source in sources for row in source.rows("text")]
-    return "\n\n".join(documents)
+    with keys_of_options():
+        rows = (row for source in resolve("--perplexity", list(files)) for row in source.rows("text"))
+        documents = [_canonical(row, chat=False) for row in rows]
+    return "\n\n".join(text for text in documents if text.strip())
 
 
 def chosen_device(name: str) -> torch.device:
@@ -107,20 +112,29 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def check_models(models: Sequence[Named], block: int | None) -> None:
+def check_models(
+    models: Sequence[Named], block: int | None, prompts: Sequence[str], *, trust_remote_code: bool
+) -> None:
     """Read every config before anything runs, so that a wrong name costs no measured model.
 
     Args:
         models: to be measured.
         block: tokens of a window, where a text is measured; None else.
+        prompts: to write on after; empty: none.
+        trust_remote_code: run code that comes with a model.
 
     Raises:
-        InputError: a model that can't be read, or that has no positions for a window.
+        InputError: a model that can't be read, or that has no positions for a window or a prompt.
     """
     for one in models:
-        config = load_config(one.source)
+        with keys_of_options():
+            config = load_config(one.source, trust_remote_code=trust_remote_code)
+        positions = getattr(config, "max_position_embeddings", None)
         if block is not None:
-            check_windows(block, block, getattr(config, "max_position_embeddings", None))
+            check_windows(block, block, positions)
+        if prompts:
+            tokenizer = load_tokenizer(one.source, trust_remote_code=trust_remote_code)
+            check_prompts(prompts, tokenizer, NEW_TOKENS, positions)
 
 
 def measure_all(models: Sequence[Named], has_baseline: bool, what: Measures, device: torch.device) -> Evaluation:
@@ -149,9 +163,10 @@ def measure_all(models: Sequence[Named], has_baseline: bool, what: Measures, dev
 
 
 def _measure(one: Named, what: Measures, device: torch.device) -> ModelResult:
-    config = load_config(one.source)
-    tokenizer = load_tokenizer(one.source)
-    model = load_model(one.source, dtype=_dtype(what.dtype, config, device))
+    config = load_config(one.source, trust_remote_code=what.trust_remote_code)
+    tokenizer = load_tokenizer(one.source, trust_remote_code=what.trust_remote_code)
+    dtype = _dtype(what.dtype, config, device)
+    model = load_model(one.source, dtype=dtype, trust_remote_code=what.trust_remote_code)
     model.to(device)  # type: ignore[arg-type]
     scores = evaluate(model, tokenizer, what.tasks, batch_size=what.batch_size, limit=what.limit) if what.tasks else []
     return ModelResult(

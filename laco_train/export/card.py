@@ -51,7 +51,7 @@ class CardFacts:
         """What `to_dict` gave.
 
         Raises:
-            TypeError: it is not that.
+            TypeError, AttributeError: it is not that.
         """
         licence = values.get("licence")
         evaluations = tuple(Evaluated(**one) for one in values.get("evaluations") or ())

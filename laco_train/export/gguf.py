@@ -96,7 +96,8 @@ def find_converter(root: str | None) -> Path:
     if root is None:
         clone = "git clone --depth 1 https://github.com/ggml-org/llama.cpp"
         raise InputError("--llama-cpp", f"gguf needs llama.cpp's converter: `{clone}`, and name that folder here")
-    for folder in (Path(root), Path(root) / "vendor" / "llama.cpp"):
+    place = Path(root).expanduser()
+    for folder in (place, place / "vendor" / "llama.cpp"):
         if (folder / CONVERTER).is_file():
             return (folder / CONVERTER).resolve()
     raise InputError("--llama-cpp", f"there is no {CONVERTER} in {root}; name the folder of llama.cpp's repository")

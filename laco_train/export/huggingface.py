@@ -78,9 +78,10 @@ def export_folder(
         proof = prove(folder, duplicate, tokenizer, plan)
         lines, packaging = proof.lines(), TRANSFORMERS
         if expected is not None:
+            trusted = duplicate.is_remote_code()
             del duplicate
             say("export: reloading the adapter onto it by peft, and comparing")
-            found = prove_adapter(folder, folder / ADAPTER_FOLDER, expected).lines()
+            found = prove_adapter(folder, folder / ADAPTER_FOLDER, expected, trust_remote_code=trusted).lines()
             lines, packaging = lines + found, with_findings(ADAPTER, found)
         write_card(folder, card, plan, packaging)
     for line in lines:

@@ -71,9 +71,9 @@ def read_evaluations(files: Sequence[str], layers: int, parameters: int) -> tupl
     """
     found: list[Evaluated] = []
     for named in files:
-        match = None if Path(named).exists() else _NAMED.fullmatch(named)
+        match = None if Path(named).expanduser().exists() else _NAMED.fullmatch(named)
         name, file = (None, named) if match is None else (match["name"], match["file"])
-        values = _read(Path(file))
+        values = _read(Path(file).expanduser())
         try:
             found += _of_file(values, file, name, layers, parameters)
         except (KeyError, TypeError, AttributeError) as error:

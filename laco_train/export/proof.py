@@ -163,16 +163,24 @@ def adapted_texts(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 @torch.no_grad()
-def prove_adapter(folder: Path, adapter: Path, expected: list[AdaptedText]) -> AdapterProof:
+def prove_adapter(
+    folder: Path, adapter: Path, expected: list[AdaptedText], *, trust_remote_code: bool = False
+) -> AdapterProof:
     """Prove that `adapter` on the base in `folder`, loaded by Transformers and peft, computes what is `expected`.
 
     Each token of the model in memory must be the most likely one to them too, given those before it, or less than
     `GAP` below it: greedy decoding then gives the same.
 
+    Args:
+        folder: of the base.
+        adapter: peft's folder.
+        expected: of `adapted_texts`.
+        trust_remote_code: the base comes with code, which is running already.
+
     Raises:
         TrainingStopped: it can't be loaded, or differs by more than rounding.
     """
-    base = _reload(folder, trust_remote_code=False)
+    base = _reload(folder, trust_remote_code=trust_remote_code)
     with _loading("adapter"):
         model: Any = PeftModel.from_pretrained(base, str(adapter)).eval().get_base_model()
     worst, flips = 0.0, 0

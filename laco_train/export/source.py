@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from laco_train.collapse import CollapsePlan
 from laco_train.collapse.composition import from_the_first_model
 from laco_train.errors import InputError
+from laco_train.evaluation.options import keys_of_options
 from laco_train.export.card import CardFacts
 from laco_train.export.measured import of_run
 from laco_train.export.proof import PLAN_FILE
@@ -44,10 +45,15 @@ def read_source(path: Path, *, trust_remote_code: bool = False) -> Source:
 
     A checkpoint names its model, so that its own word does not suffice to run code that comes with that.
 
+    Args:
+        path: of either.
+        trust_remote_code: run code that comes with the model.
+
     Raises:
         InputError: it is neither, or can't be read.
     """
-    return _read_model_folder(path) if (path / "config.json").is_file() else _read_checkpoint(path, trust_remote_code)
+    is_model = (path / "config.json").is_file()
+    return _read_model_folder(path, trust_remote_code) if is_model else _read_checkpoint(path, trust_remote_code)
 
 
 def _read_checkpoint(path: Path, trust_remote_code: bool) -> Source:
@@ -72,11 +78,15 @@ def _read_checkpoint(path: Path, trust_remote_code: bool) -> Source:
     return Source(model, tokenizer, checkpoint.dtype, plan, card)
 
 
-def _read_model_folder(folder: Path) -> Source:
-    stored = load_config(str(folder)).dtype
-    model = load_model(str(folder), dtype=stored if isinstance(stored, torch.dtype) else torch.float32)
+def _read_model_folder(folder: Path, trust_remote_code: bool) -> Source:
+    source = str(folder)
+    with keys_of_options():
+        stored = load_config(source, trust_remote_code=trust_remote_code).dtype
+    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+    model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     plan = CollapsePlan.load(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
-    return Source(model, load_tokenizer(str(folder)), model.dtype, plan, _card_of(folder, plan))
+    return Source(model, tokenizer, model.dtype, plan, _card_of(folder, plan))
 
 
 def _card_of(folder: Path, plan: CollapsePlan | None) -> CardFacts:
@@ -84,7 +94,7 @@ def _card_of(folder: Path, plan: CollapsePlan | None) -> CardFacts:
     if (folder / MANIFEST).is_file():
         try:
             return CardFacts.from_dict(read_manifest(folder, KEY).export["card"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(KEY, f"{folder / MANIFEST} is damaged ({error}); export it again") from None
     base = str(folder) if plan is None else plan.source
     return CardFacts(base, recipe="", method="full", data={}, losses={}, tokens=0, steps=0, licence=None)

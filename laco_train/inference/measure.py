@@ -160,7 +160,7 @@ def _timed(model: PreTrainedModel, batch: int, work: Workload) -> Turn:
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(vocabulary, (batch, work.prompt), generator=generator).to(device)
-    _generate(model, prompts, 2)  # warms up
+    _generate(model, prompts, min(2, work.new))  # warms up, within the positions that were checked
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     first, rest, cache = _generate(model, prompts, work.new)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laco_train.collapse import CollapsePlan
-from laco_train.collapse.plan import Refined
+from laco_train.collapse.plan import Refined, Refinement
 from laco_train.errors import InputError
 from laco_train.refine.closed_form import solve_windows
 from laco_train.refine.place import Place
@@ -47,7 +47,8 @@ def refine(
         settings: tokens are rounded down to whole batches, one a step.
 
     Returns:
-        The plan with the weights reached, and with the tokens and seconds that they took.
+        The plan with the weights reached, and with the tokens and seconds that they took, added to those of a layer
+        that the strategy fitted, and of refinement apart, added to those of one before.
 
     Raises:
         InputError: fewer tokens than a batch has, or a loss that is not finite.
@@ -79,10 +80,11 @@ def refine(
     content = safetensors.torch.save(
         {name: p.detach().to("cpu", copy=True).contiguous() for name, p in collapsed.named_parameters()}
     )
-    earlier = plan.refined
-    tokens = done * each + (0 if earlier is None else earlier.tokens)
-    seconds += 0.0 if earlier is None else earlier.seconds
-    return dataclasses.replace(plan, refined=Refined.of(content, tokens, seconds), refined_weights=content)
+    before, fitted = plan.refinement, plan.refined
+    taken = Refinement(before.tokens + done * each, before.seconds + seconds)
+    tokens = done * each + (0 if fitted is None else fitted.tokens)
+    seconds += 0.0 if fitted is None else fitted.seconds
+    return dataclasses.replace(plan, refined=Refined.of(content, tokens, seconds, taken), refined_weights=content)
 
 
 def by_logits(original: PreTrainedModel) -> Distillation:

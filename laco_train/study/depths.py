@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from laco_train.collapse.decoder import decoder_of
+from laco_train.collapse.decoder import decoder_of, parameters_a_layer
 from laco_train.errors import InputError
 from laco_train.settings import ModelSettings
 from laco_train.training.parallel import skeleton
@@ -14,11 +14,11 @@ def depths_at(ratios: Sequence[float], model: ModelSettings) -> dict[float, int]
     """Layers that remain at each of `ratios`; no weights are read.
 
     Raises:
-        InputError: a ratio leaves no layer, or two leave the same.
+        InputError: a ratio leaves no layer, or two leave the same; or layers differ in size.
     """
     empty = skeleton(model.source, dtype=torch.float32, trust_remote_code=model.trust_remote_code)
     decoder = decoder_of(empty)
-    layer = sum(p.numel() for p in decoder.stack.parameters()) / decoder.depth
+    layer = parameters_a_layer(decoder, "study.ratios")
     parameters = sum(p.numel() for p in empty.parameters())
     depths: dict[float, int] = {}
     for ratio in ratios:

@@ -222,8 +222,9 @@ def _level(arm: Arm, seed: int | None, tokens: int) -> float | None:
 
 
 def _last_start(run: Run, tokens: int) -> Point:
-    """The model right after the last collapse that lies at or before `tokens`."""
-    return [segment.points[0] for segment in run.segments if segment.points[0].tokens <= tokens][-1]
+    """The model right after the last collapse at or before `tokens`, or else after the first, which lies near them."""
+    starts = [segment.points[0] for segment in run.segments]
+    return next((start for start in reversed(starts) if start.tokens <= tokens), starts[0])
 
 
 @dataclass(frozen=True)

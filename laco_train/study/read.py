@@ -50,7 +50,14 @@ def study_folders(folder: Path) -> list[Path]:
 
 def is_finished(version: Path) -> bool:
     """Whether the run in `version` is at its end, and every round of it."""
-    return all((segment / _SUMMARY).is_file() for segment in _rounds(version) or [version])
+    return not _unfinished(version)
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What has no summary of a run's rounds and the run itself: all rounds that have begun may be at their end."""
+    rounds = _rounds(folder)
+    whole = [folder] if not rounds or (folder / _CONFIG).is_file() else []
+    return [part for part in (*rounds, *whole) if not (part / _SUMMARY).is_file()]
 
 
 def _rounds(folder: Path) -> list[Path]:
@@ -59,7 +66,7 @@ def _rounds(folder: Path) -> list[Path]:
 
 
 def _read_run(folder: Path, rounds: Sequence[Path]) -> Run:
-    if missing := [path for path in rounds if not (path / _SUMMARY).is_file()]:
+    if missing := _unfinished(folder):
         raise InputError(str(folder), f"{missing[0].name} is not finished (no {_SUMMARY}); let the run go on first")
     summaries = [read_json(path / _SUMMARY) for path in rounds]
     configs = [_read_config(path) for path in rounds]
@@ -155,25 +162,30 @@ def _without_seed(config: dict[str, Any], *, later: bool) -> dict[str, Any]:
 
 def _read_export(folder: Path) -> Run:
     config = read_json(folder / "config.json")
-    plan = read_json(folder / _PLAN) if (folder / _PLAN).is_file() else None
-    if plan is None:
+    strategy, source_parameters = None, None
+    if (folder / _PLAN).is_file():
+        from laco_train.collapse import CollapsePlan  # it imports torch
+
+        plan = CollapsePlan.load(folder / _PLAN)
+        strategy, source_depth, depth = plan.strategy, plan.source_depth, plan.depth
+        source_parameters, parameters = plan.parameters.before, plan.parameters.after
+    else:
         layers = config.get("num_hidden_layers", config.get("n_layer"))
         if not isinstance(layers, int):
             raise InputError(str(folder), "config.json tells no number of layers; name an export of a causal LM")
-        counts = {"before": None, "after": count_stored(folder)}
-        plan = {"strategy": None, "source_depth": layers, "depth": layers, "parameters": counts}
+        source_depth, depth, parameters = layers, layers, count_stored(folder)
     place = folder.resolve()
     return Run(
         folder=folder,
         name=f"{place.parent.name}/{place.name}" if place.name == "export" else place.name,
         group=str(place),
         seed=None,
-        strategy=plan["strategy"],
+        strategy=strategy,
         from_scratch=False,
-        source_depth=plan["source_depth"],
-        depth=plan["depth"],
-        parameters=plan["parameters"]["after"],
-        source_parameters=plan["parameters"]["before"],
+        source_depth=source_depth,
+        depth=depth,
+        parameters=parameters,
+        source_parameters=source_parameters,
         segments=(),
         original=None,
         validation_sha256=None,
@@ -185,13 +197,25 @@ def _read_export(folder: Path) -> Run:
 
 
 def count_stored(folder: Path) -> int:
-    """Parameters in the safetensors files of `folder`, from their headers alone."""
-    count = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    """Parameters in the safetensors files of `folder`, from their headers alone.
+
+    Raises:
+        InputError: one of them is damaged.
+    """
+    return sum(_count_in(path) for path in sorted(folder.glob("*.safetensors")))
+
+
+def _count_in(path: Path) -> int:
+    try:
         with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        count += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return count
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size - 8:  # else read would ask for that much memory
+                raise ValueError("its header is longer than the file, as if it were a Git-LFS pointer")
+            header = json.loads(file.read(length))
+        return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(str(path), f"is no whole safetensors file ({reason}); copy or download it again") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

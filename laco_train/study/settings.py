@@ -7,6 +7,7 @@ from typing import Any
 from laco_train.checks import check_static
 from laco_train.errors import InputError
 from laco_train.settings import BudgetSettings, CollapseSettings
+from laco_train.study.curves import RUN_FOLDER
 
 RIVALS = ("shortgpt", "sleb", "angular", "tail", "streamline", "greedy")
 ARMS = ("original", "laco", *RIVALS, "scratch")
@@ -102,6 +103,11 @@ def check_arms(s: StudySettings) -> None:
         if not names_layers(changes):
             known(arm, ARMS, "study.arms")
         check_static("study.arms", _NAME.fullmatch(arm) is not None, f"{arm!r} is no name for a folder")
+        found = RUN_FOLDER.fullmatch(f"{arm}-seed0")
+        if found is not None and found["percent"] is not None:  # its runs would be read as those of a ratio
+            raise InputError(
+                "study.arms", f"{arm!r} ends as the folder of a ratio does (laco-r27); end it otherwise, as in lora_r16"
+            )
         for section in changes or {}:
             key = f"study.arms.{arm}.{section}"
             check_static(key, section in OWN_SECTIONS, f"can't differ: arms change only {', '.join(OWN_SECTIONS)}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -10,15 +11,18 @@ from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
+from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from laco_train.errors import InputError
+from laco_train.errors import InputError, TrainingStopped
+from laco_train.files import write_whole
 from laco_train.models.gguf import cache_root
 from laco_train.training.encode import encode_conversations, encode_texts
 from laco_train.training.packing import IGNORED, Block, Encoded, pack_text, pack_whole
 from laco_train.training.sources import Row, Source
 
-_VERSION = 1  # raise it when the same request would give other blocks
+_VERSION = 2  # raise it when the same request would give other blocks
+_SUMMARY = "summary.json"
 _GROUP_DOCUMENTS, _GROUP_CHARACTERS = 256, 1_000_000  # tokenised in one call
 
 
@@ -108,29 +112,59 @@ class _Seen:
 def open_packed(request: Request, tokenizer: PreTrainedTokenizerBase) -> tuple[datasets.Dataset, Summary]:
     """The packed blocks of `request`, from the cache if an equal one was packed before.
 
+    Processes that want the same wait for the first of them.
+
     Returns:
         Blocks with columns input_ids, labels and position_ids, int32, (block_size,) each; and their summary.
 
     Raises:
-        InputError: nothing to pack, less than a block, or what reading and encoding raise. Nothing is kept then.
+        InputError: nothing to pack, less than a block, what reading and encoding raise (nothing is kept then), or the
+            cache can't be made.
+        TrainingStopped: the disk is full.
     """
     name = fingerprint(request, tokenizer)
     folder = cache_root() / "packed" / name
-    summary_file = folder / "summary.json"
-    column = datasets.Sequence(datasets.Value("int32"), length=request.block_size)
     try:
-        blocks = datasets.Dataset.from_generator(
-            lambda: _examples(request, tokenizer, summary_file),
-            features=datasets.Features({"input_ids": column, "labels": column, "position_ids": column}),
-            cache_dir=str(folder),
-            split=datasets.Split(request.key.removeprefix("data.")),
-            fingerprint=name,
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from None
-        raise
-    return blocks, Summary(**json.loads(summary_file.read_text(encoding="utf-8")))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder.with_name(f"{name}.lock")).acquire()
+    except OSError as error:
+        problem = f"can't keep its blocks in {folder} ({error}); set LACO_TRAIN_CACHE to a folder that can be written"
+        raise InputError(request.key, problem) from error
+    with held:
+        try:
+            if folder.is_dir() and _summary(folder) is None:
+                shutil.rmtree(folder)
+            blocks = _packed(request, tokenizer, folder)
+        except (OSError, DatasetGenerationError) as error:
+            cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+            if isinstance(cause, InputError):
+                raise cause from None
+            if not isinstance(cause, OSError):
+                raise
+            problem = f"can't write {folder} ({cause}); make room, or set LACO_TRAIN_CACHE to a folder with room"
+            raise TrainingStopped(problem) from error
+        summary = _summary(folder)
+    assert summary is not None
+    return blocks, summary
+
+
+def _packed(request: Request, tokenizer: PreTrainedTokenizerBase, folder: Path) -> datasets.Dataset:
+    column = datasets.Sequence(datasets.Value("int32"), length=request.block_size)
+    return datasets.Dataset.from_generator(
+        lambda: _examples(request, tokenizer, folder / _SUMMARY),
+        features=datasets.Features({"input_ids": column, "labels": column, "position_ids": column}),
+        cache_dir=str(folder),
+        split=datasets.Split(request.key.removeprefix("data.")),
+        fingerprint=folder.name,
+    )
+
+
+def _summary(folder: Path) -> Summary | None:
+    """That of a packed set; None if there is none, or none that can be read."""
+    try:
+        return Summary(**json.loads((folder / _SUMMARY).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def fingerprint(request: Request, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -150,15 +184,16 @@ def fingerprint(request: Request, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
-    """sha256 of what the tokenizer does to text: its backend (or class and vocabulary), EOS, pad and chat template."""
+    """sha256 of what the tokenizer does to text: its backend (or class and vocabulary), EOS and pad; for `chat` the
+    template too, and the special tokens, which it may render by name."""
     if tokenizer.is_fast:
         does = json.loads(tokenizer.backend_tokenizer.to_str())
         # Calls leave these two behind; packing uses neither.
         del does["padding"], does["truncation"]
     else:
         does = [type(tokenizer).__qualname__, tokenizer.get_vocab()]
-    template = tokenizer.chat_template if chat else None
-    parts = [does, tokenizer.eos_token_id, tokenizer.pad_token_id, template]
+    rendered = [tokenizer.chat_template, tokenizer.special_tokens_map] if chat else None
+    parts = [does, tokenizer.eos_token_id, tokenizer.pad_token_id, rendered]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -183,7 +218,7 @@ def _examples(request: Request, tokenizer: PreTrainedTokenizerBase, summary_file
     if not summary.blocks:
         raise _explain(request, summary, seen)
     summary.sha256 = sha.hexdigest()
-    summary_file.write_text(json.dumps(asdict(summary)), encoding="utf-8")
+    write_whole(summary_file, json.dumps(asdict(summary)))
 
 
 def _counted(documents: Iterable[Encoded], request: Request, summary: Summary, seen: _Seen) -> Iterator[Encoded]:

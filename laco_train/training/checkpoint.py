@@ -18,7 +18,7 @@ from laco_train.evaluation.record import Accuracy
 from laco_train.models import load_tokenizer
 from laco_train.precision import named_dtype
 from laco_train.settings import DistillSettings, LoraSettings, ModelSettings, OptimizerSettings, ScheduleSettings
-from laco_train.training.checkpoint_io import broken_records, why_unreadable
+from laco_train.training.checkpoint_io import broken_records, broken_shards, why_unreadable
 from laco_train.training.module import CHECKPOINT_KEY, CausalLM
 from laco_train.training.sharded import is_sharded, read_sharded
 
@@ -69,7 +69,7 @@ def read_checkpoint(path: Path, key: str = "--checkpoint") -> TrainingCheckpoint
     sharded = is_sharded(path)
     if not os.path.isfile(path) and not sharded:
         raise InputError(key, f"no file {str(path)!r}; name a .ckpt under a run's checkpoints folder")
-    if not sharded and (broken := broken_records(path)):  # torch looks at no checksum
+    if broken := broken_shards(path) if sharded else broken_records(path):  # torch looks at no checksum
         raise InputError(key, f"{path} is damaged or no checkpoint of fit ({broken}); name another .ckpt")
     try:
         if sharded:

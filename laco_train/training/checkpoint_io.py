@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there: written aside, flushed, verified, then renamed."""
 
+import io
 import os
 import zipfile
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from laco_train.errors import TrainingStopped
 from laco_train.files import flush_folder
 from laco_train.training.module import CHECKPOINT_KEY
-from laco_train.training.sharded import META, SafeReader
+from laco_train.training.sharded import META, SafeReader, pickles
 
 PARTIAL = ".partial"
 """Ends the name of a checkpoint being written."""
@@ -76,7 +77,7 @@ def broken_records(path: Path) -> str | None:
 
 
 def broken_shards(folder: Path) -> str | None:
-    """Why a sharded folder is not whole; None if all that its index names is there.
+    """Why a sharded folder is not whole, or can't be read without running code; None if all is there and safe.
 
     torch.distributed.checkpoint flushes the shards before it names them in the index, and ``meta.pt`` comes after.
     """
@@ -90,7 +91,24 @@ def broken_shards(folder: Path) -> str | None:
         shard = folder / info.relative_path
         if not shard.is_file() or shard.stat().st_size < info.offset + info.length:
             return f"its shard {shard.name} is missing or cut short"
-    return broken_records(folder / META)
+    return _unsafe_pickle(folder) or broken_records(folder / META)
+
+
+def _unsafe_pickle(folder: Path) -> str | None:
+    """Why what is no tensor in the shards of `folder` can't be read with weights_only; None if all of it can.
+
+    Lightning lets torch unpickle it freely when it loads the optimizer.
+    """
+    try:
+        found = pickles(folder)
+    except _UNREADABLE as error:
+        return f"its shards can't be read: {error}"
+    for name, content in found.items():
+        try:
+            torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except _UNREADABLE as error:
+            return f"its {name} can't be read: {why_unreadable(io.BytesIO(content), error)}"
+    return None
 
 
 def fault(path: Path) -> str | None:
@@ -105,9 +123,10 @@ def fault(path: Path) -> str | None:
     return None if ours else "it was not written by fit"
 
 
-def why_unreadable(path: Path, error: BaseException) -> str:
-    """What to say of `path`, a file or a sharded folder, that torch refused to read with weights_only by `error`."""
-    source = path / META if path.is_dir() else path
+def why_unreadable(source: Path | io.BytesIO, error: BaseException) -> str:
+    """What to say of a file, a sharded folder or a pickle that torch refused to read with weights_only by `error`."""
+    if isinstance(source, Path) and source.is_dir():
+        source = source / META
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(source)
     except _UNREADABLE:

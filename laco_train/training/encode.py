@@ -13,6 +13,8 @@ from laco_train.errors import InputError
 from laco_train.training.packing import IGNORED, Ids
 from laco_train.training.sources import Row
 
+# A template adds up strings: over a message that holds a list or null Python's own error leaves it.
+_REFUSALS = (TemplateError, TypeError)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -89,7 +91,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], w
     """The conversation as text; a template that refuses it is an InputError."""
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except TemplateError as error:
+    except _REFUSALS as error:
         raise InputError("data.format", f"the chat template refuses {where} ({error}); mend or drop it") from error
 
 
@@ -98,7 +100,7 @@ def _by_template(
 ) -> tuple[list[int], NDArray[np.bool_]]:
     try:
         encoded: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    except TemplateError as error:
+    except _REFUSALS as error:
         raise InputError("data.format", f"the chat template refuses {where} ({error}); mend or drop it") from error
     return encoded["input_ids"], np.array(encoded["assistant_masks"], bool)
 

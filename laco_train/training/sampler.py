@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 
 class BlockSampler(Sampler[list[int]]):
     """Batches of block indices, shuffled anew each epoch; an incomplete last batch is left out.
+
+    An epoch here is one time through all blocks. One of the Trainer is shorter under ``limit_train_batches``: the next
+    goes on in the order, across its end too, so that all blocks are read and each of its epochs is equally long.
 
     The order is a function of (seed, epoch) alone. Batch k of an epoch goes to rank k modulo `world`, cut so that all
     ranks get the same number. The position (epoch, next batch of this rank) moves by `advance`, which the consumer
@@ -33,13 +37,19 @@ class BlockSampler(Sampler[list[int]]):
         return self.blocks // self.batch_size // self.world
 
     def __iter__(self) -> Iterator[list[int]]:
-        """What is left of the epoch at the current position."""
-        key = hashlib.sha256(f"{self.seed}:{self.epoch}".encode()).digest()
+        """As many batches as a whole epoch has, from the current position on."""
+        rest = range(self.next, len(self))
+        for epoch, batches in ((self.epoch, rest), (self.epoch + 1, range(len(self) - len(rest)))):
+            order = self._order(epoch)
+            for k in batches:
+                start = (k * self.world + self.rank) * self.batch_size
+                yield order[start : start + self.batch_size].tolist()
+
+    def _order(self, epoch: int) -> Tensor:
+        """All blocks, (blocks,), as that epoch shuffles them."""
+        key = hashlib.sha256(f"{self.seed}:{epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big", signed=True))
-        order = torch.randperm(self.blocks, generator=generator)
-        for k in range(self.next, len(self)):
-            start = (k * self.world + self.rank) * self.batch_size
-            yield order[start : start + self.batch_size].tolist()
+        return torch.randperm(self.blocks, generator=generator)
 
     def advance(self) -> None:
         """Move past one batch; past the last one lies the next epoch's first."""

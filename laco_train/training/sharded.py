@@ -4,6 +4,7 @@ The folder holds ``.metadata`` (a pickle: which tensor lies where), a ``.distcp`
 ``meta.pt`` with all else. torch unpickles ``.metadata`` freely; here only the classes that it needs are let in.
 """
 
+import io
 import os
 import pickle
 import warnings
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, Metadata, load, metadata
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata, load, metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 
 from laco_train.errors import InputError
 
@@ -70,6 +72,35 @@ class SafeReader(FileSystemReader):
         return index
 
 
+class _Unopened(DefaultLoadPlanner):
+    """Takes what is no tensor as it stands in the files, where torch would unpickle it freely."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.original_state_dict[read_item.dest_index.fqn] = value.getvalue()
+
+
+def _fill(wanted: dict[str, Any], folder: Path, planner: DefaultLoadPlanner | None = None) -> None:
+    """Put what `folder` holds under the names of `wanted` there; raises what reading it raised."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be
+        try:
+            load(wanted, storage_reader=SafeReader(folder), planner=planner, no_dist=True)
+        except CheckpointException as error:  # no Exception itself
+            raise next(iter(error.failures.values()))[0] from None
+
+
+def pickles(folder: Path) -> dict[str, bytes]:
+    """What a sharded folder holds that is no tensor, such as learning rates: pickles by name, none of them opened.
+
+    Raises:
+        OSError, LookupError, pickle.UnpicklingError and others: the index, or a file that it names, is damaged.
+    """
+    entries = SafeReader(folder).read_metadata().state_dict_metadata
+    found: dict[str, Any] = {name: None for name, kind in entries.items() if isinstance(kind, BytesStorageMetadata)}
+    _fill(found, folder, _Unopened())
+    return found
+
+
 class ShardedWeights(Mapping[str, Tensor]):
     """Weights of a sharded checkpoint by name, each read whole, on the CPU, when it is asked for.
 
@@ -78,15 +109,12 @@ class ShardedWeights(Mapping[str, Tensor]):
         key: the option that named it.
 
     Raises:
-        OSError, pickle.UnpicklingError: the index, or a file that it names, is missing or damaged.
+        OSError, pickle.UnpicklingError: the index is missing or damaged.
     """
 
     def __init__(self, folder: Path, key: str):
         self.folder, self.key = folder, key
         index = SafeReader(folder).read_metadata()
-        for name in sorted({info.relative_path for info in index.storage_data.values()}):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"its shard {name} is missing")
         self._entries = {
             name.removeprefix(_WEIGHTS): entry
             for name, entry in index.state_dict_metadata.items()
@@ -101,14 +129,12 @@ class ShardedWeights(Mapping[str, Tensor]):
         """
         entry = self._entries[name]
         wanted = {_WEIGHTS + name: torch.empty(entry.size, dtype=entry.properties.dtype)}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be
-            try:
-                load(wanted, storage_reader=SafeReader(self.folder), no_dist=True)
-            except CheckpointException as error:
-                reason = str(next(iter(error.failures.values()))[0]).partition("\n")[0]
-                problem = f"{self.folder} has a damaged shard ({reason}); name another .ckpt"
-                raise InputError(self.key, problem) from error
+        try:
+            _fill(wanted, self.folder)
+        except Exception as error:  # what reading other bytes than those written raises has no end
+            reason = str(error).partition("\n")[0]
+            problem = f"{self.folder} has a damaged shard ({reason}); name another .ckpt"
+            raise InputError(self.key, problem) from error
         return wanted[_WEIGHTS + name]
 
     def __iter__(self) -> Iterator[str]:

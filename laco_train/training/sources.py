@@ -77,7 +77,7 @@ class TextFile:
             where = f"{self.path}, line {i}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # not JSON, 4,300 digits in a row, or thousands of brackets
                 raise InputError(self.key, f"{where} is not JSON ({error}); write one object a line") from error
             if "\\ud" in line.lower():  # half a surrogate pair is legal JSON, but no text: it becomes a question mark
                 row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
@@ -111,7 +111,8 @@ class HubSet:
         """Documents of the set.
 
         Raises:
-            InputError: the hub can't be reached, has no such set or configuration, or the set has no such column.
+            InputError: the hub can't be reached, has no such set or configuration, the set has no such column, or its
+                stream breaks off.
         """
         try:
             stream = datasets.load_dataset(self.name, self.config, split="train", streaming=True)
@@ -122,9 +123,16 @@ class HubSet:
                 f"{spelled!r} is no file here, and the hub gave no such data set ({error}); "
                 "name a file, or check the name, the connection and HF_TOKEN",
             ) from error
-        for i, row in enumerate(stream, start=1):
-            where = f"{self.name}, row {i}"
-            yield Row(_pick(row, column, where), where)
+        i = 0
+        try:
+            for i, row in enumerate(stream, start=1):
+                where = f"{self.name}, row {i}"
+                yield Row(_pick(row, column, where), where)
+        except InputError:
+            raise
+        except Exception as error:  # what connections and readers of all formats raise has no end
+            problem = f"{self.name} broke off after row {i} ({error}); try again, or name a file"
+            raise InputError(self.key, problem) from error
 
 
 Source = TextFile | HubSet

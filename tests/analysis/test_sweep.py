@@ -17,6 +17,7 @@ from laco_train.collapse.walk import Walk
 from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings
 from tests.collapse.helpers import TEXTS, scramble
+from tests.collapse.tiny import tiny
 
 BASE = CollapseSettings(layers_per_merge=3, target_depth=4, calibration=TEXTS)
 
@@ -51,6 +52,24 @@ def test_outcomes_are_those_of_one_collapse_each(
         )
         depths.add(plan.depth)
     assert len(depths) > 2  # else the sweep says nothing
+
+
+def test_windows_of_unlike_layers_are_not_accepted(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every fourth layer of SmolLM3 has no RoPE, so that each window of four mixes types."""
+    model = tiny("smollm3", num_hidden_layers=7)
+    sweep = SweepSettings(layers_per_merge=[2, 3, 4], similarity_thresholds=[-1.0])
+    walk = Walk(decoder_of(model), calibration_batch(tiny_tokenizer, TEXTS), BASE)
+    depths = {each.layers_per_merge: each.depth for each in run_sweep(walk, sweep_grid(sweep, BASE, 7))}
+    assert depths[2] < 7 and depths[3] < 7
+    assert depths[4] == 7
+
+
+def test_windows_that_all_are_of_unlike_layers_are_told(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny("smollm3", num_hidden_layers=7)
+    walk = Walk(decoder_of(model), calibration_batch(tiny_tokenizer, TEXTS), BASE)
+    grid = sweep_grid(SweepSettings(layers_per_merge=[4, 5]), BASE, 7)
+    with pytest.raises(InputError, match=r"^collapse\.mixed_types: every window of 4 or 5 layers mixes layer types"):
+        run_sweep(walk, grid)
 
 
 def test_grid_leaves_out_what_does_not_fit_and_what_contradicts_a_threshold() -> None:

@@ -111,6 +111,16 @@ def test_without_a_sweep_there_is_none(run: tuple[LlamaForCausalLM, Path, Path],
     assert "Sweep" not in (output / "report.html").read_text(encoding="utf-8")
 
 
+def test_streamed_weights_are_no_matter_for_a_strategy_that_does_not_run(
+    run: tuple[LlamaForCausalLM, Path, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "streamed"
+    options = ["--collapse.strategy", "streamline", "--collapse.placement", "stream"]
+    assert main(["analyze", "--recipe", str(run[1]), "--output", str(output), *options]) == 0
+    found, expected = (json.loads((each / "analysis.json").read_text()) for each in (output, run[2]))
+    assert found["losses_without"] == pytest.approx(expected["losses_without"], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

@@ -82,6 +82,13 @@ def test_bad_input_writes_nothing(shared_project: Project, tmp_path: Path) -> No
     assert shared_project.files() == before
 
 
+def test_the_home_folder(shared_project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = shared_project("bench-inference", "model", *QUICK, "--output=~/speed.json")
+    assert result.code == 0, result.err
+    assert (tmp_path / "speed.json").is_file()
+
+
 def test_help_imports_no_torch() -> None:
     code = (
         "import sys\nfrom laco_train.cli import main\n"

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import PreTrainedTokenizerFast
 
 from tests.cli.runs import Project
+from tests.collapse.tiny import tiny
 from tests.evaluation.conftest import mini_suite
 
 __all__ = ["mini_suite"]
@@ -109,6 +111,30 @@ def test_bad_input_writes_nothing(shared_project: Project, collapsed: str, monke
         assert problem in result.err, result.err
         assert result.err.count("\n") == 1
     assert shared_project.files() == before
+
+
+def test_a_prompt_too_long_costs_no_measured_model(
+    shared_project: Project, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny("gpt2").save_pretrained(shared_project.root / "gpt2")
+    tiny_tokenizer.save_pretrained(shared_project.root / "gpt2")
+    (shared_project.root / "long.txt").write_text("Short.\n" + "a river " * 300)
+    result = shared_project("evaluate", "--model", "gpt2", "--prompts", "long.txt", "--output", "long")
+    assert result.code == 2
+    assert result.err.startswith("laco_train: error: --prompts: prompt 2 is ") and result.err.count("\n") == 1
+    assert result.out == ""
+    without = ["--perplexity", "validation.jsonl", "--block", "32", "--stride", "32", "--samples", "false"]
+    result = shared_project("evaluate", "--model", "gpt2", "--prompts", "long.txt", "--output", "long", *without)
+    assert result.code == 0, result.err
+
+
+def test_the_home_folder(shared_project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("The river\n")
+    result = shared_project("evaluate", "--model", "model", "--prompts=~/prompts.txt", "--output=~/ev")
+    assert result.code == 0, result.err
+    assert (tmp_path / "ev/evaluation.json").is_file()
+    assert not (shared_project.root / "~").exists()
 
 
 def test_help_imports_no_torch() -> None:

@@ -1,5 +1,6 @@
 """`export` from whatever holds a trained model, and the options that go not together."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from laco_train.export import cpu_copy, ctranslate2, gguf
-from laco_train.manifest import faults, read_manifest
+from laco_train.manifest import MANIFEST, faults, read_manifest
 from tests.cli.runs import KEEP_ALL, Project, Run
 from tests.study.studies import SHARED, study_of, write_recipe
 
@@ -115,12 +116,43 @@ def test_a_dry_run_shows_the_card(shared_project: Project, run: Run) -> None:
     assert "  # A model collapsed from 6 to" in result.out
 
 
+def test_the_home_folder(shared_project: Project, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the shell leaves ~ as it is, as in --output=~/new."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(run.folder / "export", tmp_path / "old")
+    options = ["--checkpoint=~/old", "--output=~/new", "--push-to-hub", "you/name", "--dry-run"]
+    result = shared_project("export", *options)
+    assert result.code == 0, result.err
+    assert "  # A model collapsed from 6 to" in result.out
+    assert faults(tmp_path / "new", read_manifest(tmp_path / "new", "x")) == {}
+    (tmp_path / gguf.CONVERTER).touch()
+    assert gguf.find_converter("~") == (tmp_path / gguf.CONVERTER).resolve()
+    evaluation = ["--evaluation", "tiny=~/none.json", "--output", "none"]
+    result = shared_project("export", "--checkpoint", str(run.folder), *evaluation)
+    assert f"--evaluation: {tmp_path}/none.json can't be read" in result.err
+
+
+@pytest.mark.parametrize("card", [[], ["tiny.yaml"], None, "tiny.yaml", {"evaluations": 3}], ids=str)
+def test_a_manifest_that_tells_no_card(shared_project: Project, run: Run, tmp_path: Path, card: Any) -> None:
+    shutil.copytree(run.folder / "export", tmp_path / "damaged")
+    manifest = tmp_path / "damaged" / MANIFEST
+    values = json.loads(manifest.read_text(encoding="utf-8"))
+    values["export"]["card"] = card
+    manifest.write_text(json.dumps(values), encoding="utf-8")
+    result = shared_project("export", "--checkpoint", str(manifest.parent), "--output", "none")
+    assert result.code == 2
+    assert f"--checkpoint: {manifest} is damaged" in result.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--format", "onnx", "--dtype", "bfloat16"], "--dtype: goes with --format hf only"),
         (["--format", "gguf", "--adapter", "keep"], "--adapter: goes with --format hf only"),
+        (["--format", "onnx", "--shard-size", "1MB"], "--shard-size: goes with --format hf only"),
         (["--unproven"], "--unproven: goes with --format gguf only"),
+        (["--gguf-type", "q8_0"], "--gguf-type: goes with --format gguf only"),
+        (["--format", "onnx", "--llama-cpp", "/nowhere"], "--llama-cpp: goes with --format gguf only"),
         (["--dry-run"], "--dry-run: goes with --push-to-hub"),
         (["--push-to-hub", "a/b/c", "--dry-run"], "--push-to-hub: 'a/b/c' is no id"),
         (["--shard-size", "5 gigs"], "export.shard_size: must be a number with KB, MB or GB"),

@@ -1,13 +1,14 @@
 """Refinement in whole runs: before training, in the verb collapse, on a run that goes on, and in several rounds."""
 
 import json
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from laco_train.collapse import CollapsePlan, apply_plan
-from tests.cli.runs import KEEP_ALL, Project, Run
+from tests.cli.runs import KEEP_ALL, Project, Run, events, scalars
 
 REFINE = ["--collapse.refine.tokens=2560", "--collapse.refine.batch_size=2", "--collapse.refine.learning_rate=3e-3"]
 
@@ -59,6 +60,67 @@ def test_its_tokens_come_off_the_budget(shared_project: Project) -> None:
     assert points == [(0, 2560), (5, 2880), (10, 3200)]
     seconds = [point["seconds"] for point in run.summary()["validation"]]
     assert 0 < seconds[0] < seconds[1]
+
+
+def points_of(run: Run) -> list[tuple[int, int]]:
+    """(optimizer step, tokens) of each validation."""
+    return [(point["step"], point["tokens"]) for point in run.summary()["validation"]]
+
+
+BUDGET = ["--trainer.max_steps=-1", "--budget.max_tokens=384", "--export.enabled=false"]
+SHORT = ["--collapse.refine.tokens=128", "--collapse.refine.batch_size=2"]
+
+
+def test_a_plan_that_is_refined_pays_for_it_too(project: Project) -> None:
+    """The settings in the plan, which were those of its search, ask for none."""
+    plan = str(project.fit("--trainer.max_steps=1", "--export.enabled=false").folder / "collapse_plan.json")
+    searched, given = (project.fit(*SHORT, *BUDGET, *options) for options in ([], ["--collapse.plan", plan]))
+    assert points_of(given) == points_of(searched) == [(0, 128), (2, 256), (4, 384)]
+    for run in (searched, given):
+        assert CollapsePlan.load(run.folder / "collapse_plan.json").refinement.tokens == 128
+
+
+def test_what_streamline_fits_its_layer_to_is_on_top_of_the_budget(project: Project) -> None:
+    streamline = ["--collapse.strategy=streamline", "--collapse.target_depth=4", "--collapse.similarity_threshold=null"]
+    run = project.fit(*SHORT, *BUDGET, *streamline)
+    assert points_of(run) == [(0, 128), (2, 256), (4, 384)]
+    plan = CollapsePlan.load(run.folder / "collapse_plan.json")
+    assert plan.refined is not None and plan.refined.tokens > 384
+    assert f"fitted on {plan.refined.tokens - 128:,} tokens" in run.result.out  # told before it is refined
+
+
+def test_validate_refines_too(shared_project: Project, refined: Run) -> None:
+    before = set(shared_project.root.glob("lightning_logs/tiny/*"))
+    result = shared_project("validate", "--recipe", "tiny.yaml", *REFINE)
+    assert result.code == 0, result.err
+    assert "Refining: 2,560 tokens" in result.out
+    (folder,) = set(shared_project.root.glob("lightning_logs/tiny/*")) - before
+    ((_, loss),) = scalars(events(folder), "val/loss")
+    assert loss == pytest.approx(refined.validation()[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("verb", [["fit"], ["collapse", "--output", "collapsed"]], ids=lambda verb: verb[0])
+def test_fewer_blocks_than_a_batch_are_one_line(project: Project, verb: list[str]) -> None:
+    options = ["--collapse.refine.tokens=100000", "--collapse.refine.batch_size=1000"]
+    result = project(*verb, "--recipe", "tiny.yaml", *options)
+    assert result.code == 2
+    line = result.err.strip().splitlines()[-1]
+    assert re.match(r"laco_train: error: collapse\.refine\.batch_size: is 1000, but .* only \d+ blocks of 32", line)
+
+
+@pytest.mark.parametrize("verb", [["fit"], ["collapse", "--output", "collapsed"]], ids=lambda verb: verb[0])
+def test_blocks_longer_than_the_models_positions_are_one_line(project: Project, verb: list[str]) -> None:
+    before = project.files()
+    result = project(*verb, "--recipe", "tiny.yaml", *REFINE, "--data.block_size=512")
+    assert result.code == 2
+    line = result.err.strip().splitlines()[-1]
+    assert line.startswith("laco_train: error: data.block_size: is 512, more than the model's 256 positions")
+    assert project.files() == before
+
+
+def test_blocks_that_the_verb_collapse_does_not_read_may_be_of_any_length(project: Project) -> None:
+    result = project("collapse", "--recipe", "tiny.yaml", "--output", "collapsed", "--data.block_size=512")
+    assert result.code == 0, result.err
 
 
 def test_a_refinement_that_leaves_nothing_to_train_is_refused(project: Project) -> None:

@@ -64,7 +64,7 @@ def plans(draw: st.DrawFn, depth: int) -> CollapsePlan:
         round=0,
         source_depth=depth,
         depth=len(layers),
-        settings={"seed": draw(st.integers(0, 9))},
+        settings={"similarity_threshold": None, "seed": draw(st.integers(0, 9))},
         merge_rule=rule,
         merge_norms=draw(st.booleans()),
         merges=tuple(merges),

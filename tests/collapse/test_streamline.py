@@ -157,7 +157,7 @@ def test_file_moves_with_the_plan(collapsed: Collapsed, tmp_path: Path) -> None:
 def test_json_holds_no_weights(collapsed: Collapsed) -> None:
     plan = collapsed[2]
     values = plan.to_dict()
-    assert set(values["refined"]) == {"file", "sha256", "tokens", "seconds"}
+    assert set(values["refined"]) == {"file", "sha256", "tokens", "seconds", "refinement"}
     assert "refined_weights" not in values
     read = CollapsePlan.from_dict(json.loads(json.dumps(values)))
     assert read == plan
@@ -223,6 +223,18 @@ def test_weights_that_do_not_fit_touch_nothing(collapsed: Collapsed, content: by
     assert untouched.config.to_dict() == original.config.to_dict()
 
 
+def test_a_file_without_a_fitted_weight_is_refused(collapsed: Collapsed) -> None:
+    original, _, plan = collapsed
+    assert plan.refined_weights is not None
+    tensors = safetensors.torch.load(plan.refined_weights)
+    absent = f"model.layers.{plan.merges[0].layer}.input_layernorm.weight"
+    del tensors[absent]
+    untouched = copy.deepcopy(original)
+    with pytest.raises(InputError, match=rf"^collapse\.plan: refined-.* lacks {absent}"):
+        apply_plan(untouched, with_tensors(plan, safetensors.torch.save(tensors)))
+    assert_same_weights(untouched, original)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -231,6 +243,8 @@ def test_weights_that_do_not_fit_touch_nothing(collapsed: Collapsed, content: by
         lambda v: v["refined"].update(file="plan.json"),
         lambda v: v["refined"].update(tokens="many"),
         lambda v: v["refined"].pop("sha256"),
+        lambda v: v["refined"].update(refinement={"tokens": 3}),
+        lambda v: v["refined"].update(refinement={"tokens": "3", "seconds": 0.0}),
         lambda v: v.update(refined_weights="AAAA"),
         lambda v: v.update(merge_rule="drop"),
     ],

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from laco_train.checks import check_collapse
-from laco_train.collapse import CollapsePlan, collapse_model
+from laco_train.collapse import CollapsePlan, collapse_model, make_plan
+from laco_train.collapse.report import asked_depth
 from laco_train.errors import InputError
-from laco_train.settings import CollapseSettings
+from laco_train.settings import CollapseSettings, ModelSettings
+from laco_train.study.depths import depths_at
 from tests.collapse.helpers import RULES, TEXTS, assert_same_weights, scramble, token_ids
+from tests.collapse.tiny import tiny
 from tests.oracles.strategies import Threshold, all_thresholds
 
 Llama = Callable[..., LlamaForCausalLM]
@@ -130,6 +134,33 @@ def test_ratio_of_no_layer_or_of_all(tiny_llama: Llama, tiny_tokenizer: PreTrain
     )
     with pytest.raises(InputError, match=r"^collapse\.target_ratio: .* layers of 8, each"):
         found(model, tiny_tokenizer, target_ratio=ratio)
+
+
+UNEQUAL = r": layers of this qwen3_moe differ in size \([\d,]+ to [\d,]+ parameters\), .*; set collapse\.target_depth$"
+
+
+def test_a_ratio_of_unequal_layers_is_no_depth(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny("qwen3_moe")  # experts in two layers of six
+    values: dict[str, Any] = {"strategy": "shortgpt", "calibration": TEXTS}
+    with pytest.raises(InputError, match=rf"^collapse\.target_ratio{UNEQUAL}"):
+        make_plan(model, tiny_tokenizer, CollapseSettings(target_ratio=0.2, **values))
+    assert make_plan(model, tiny_tokenizer, CollapseSettings(target_depth=4, **values)).depth == 4
+
+
+def test_a_study_of_ratios_refuses_unequal_layers_before_it_reads_weights(tmp_path: Path) -> None:
+    tiny("qwen3_moe").config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=rf"^study\.ratios{UNEQUAL}"):
+        depths_at([0.2], ModelSettings(str(tmp_path)))
+
+
+@pytest.mark.parametrize(("layers", "asked"), [(1.0, 7), (2.4, 6), (3.0, 5)])
+def test_a_ratio_is_told_as_the_depth_that_it_is(
+    tiny_llama: Llama, tiny_tokenizer: PreTrainedTokenizerBase, layers: float, asked: int
+) -> None:
+    model = scramble(tiny_llama(layers=8), seed=2)
+    ratio = layers * sum(p.numel() for p in model.model.layers[0].parameters()) / model.num_parameters()
+    plan = found(model, tiny_tokenizer, layers_per_merge=4, min_interval=1, target_ratio=ratio)
+    assert asked_depth(plan) == asked >= plan.depth
 
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [

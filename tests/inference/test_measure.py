@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 from laco_train.inference.load import load_as_saved
 from laco_train.inference.measure import Measured, Turn, Workload, measure
 from laco_train.inference.result import Bench
+from tests.collapse.tiny import tiny
 
 CPU = torch.device("cpu")
 WORK = Workload(batches=(1, 3), prompt=16, new=4, turns=2)
@@ -48,6 +49,15 @@ def test_memory_is_weights_and_a_cache_that_grows_with_the_batch(tiny_llama: Cal
         cache = 2 * 3 * batch * (16 + 4) * 2 * 8 * 4  # keys and values, layers, tokens, heads of 8, float32
         rest = turn.gib * 2**30 - 4 * found.parameters - cache
         assert 0 <= rest < 1024  # tables of rotary angles besides
+
+
+def test_all_positions_are_enough() -> None:
+    """Of a model that has no others: prompt and new tokens are all that it is asked for."""
+    work = Workload(batches=(1,), prompt=255, new=1, turns=1)
+    found = measure({"gpt2": lambda: tiny("gpt2")}, work, CPU)["gpt2"]
+    assert isinstance(found, Measured)
+    ((turn,),) = found.turns
+    assert isinstance(turn, Turn)
 
 
 def test_one_that_fails_costs_the_others_nothing(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path) -> None:

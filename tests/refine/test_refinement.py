@@ -1,6 +1,7 @@
 """The collapsed model fitted to the original: windows alone, then all together."""
 
 import copy
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -93,6 +94,8 @@ def test_it_comes_nearer_to_the_original(
     assert_same_weights(original, untouched)
     fitted = 0 if plan.refined is None else plan.refined.tokens  # by the strategy
     assert refined.refined is not None and refined.refined.tokens == fitted + 80 * 48
+    assert refined.refinement.tokens == 80 * 48
+    assert 0 < refined.refinement.seconds <= refined.refined.seconds
     assert not model.training
 
 
@@ -116,6 +119,29 @@ def test_the_plan_and_its_file_give_the_same_weights(
     again = apply_plan(copy.deepcopy(original), loaded)
     assert_same_weights(again, model)
     assert loaded.lineage == plan.lineage and loaded.merges == plan.merges
+
+
+@pytest.mark.parametrize("asked", [0, 96], ids=["fitted by the strategy alone", "refined"])
+def test_files_of_before_say_by_their_settings_what_was_refinement(
+    asked: int, original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    _, plan = collapsed_by(replace(STARTS["streamline"], refine=RefineSettings(tokens=asked)), original, tiny_tokenizer)
+    assert plan.refined is not None and plan.refined.tokens > 0
+    assert plan.refinement.tokens == 0
+    assert CollapsePlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    values = plan.to_dict()
+    del values["refined"]["refinement"]
+    assert CollapsePlan.from_dict(values).refinement.tokens == (plan.refined.tokens if asked else 0)
+
+
+def test_a_plan_refined_again_has_the_sum(original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Though its settings ask for none: those are of the search."""
+    model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
+    assert plan.refinement.tokens == 0
+    for round_ in (1, 2):
+        plan = refine(original, model, plan, some_batches(4), replace(SETTINGS, tokens=3 * 48), PLACE)
+        assert plan.refinement.tokens == round_ * 3 * 48
+    assert plan.refined is not None and plan.refined.tokens == 6 * 48
 
 
 def test_the_same_batches_give_the_same_weights(

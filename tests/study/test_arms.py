@@ -1,6 +1,7 @@
 """From a study's recipe to those of its arms."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ from laco_train.checks import check_collapse, check_model
 from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings, ModelSettings, RefineSettings
 from laco_train.study.arms import arm_recipe, leaves, merged
+from laco_train.study.read import read_runs
 from laco_train.study.settings import ARMS, RIVALS, StudySettings, check_arms
+from laco_train.study.tasks import run_name
+from tests.study.fake_runs import summary, write_run
 
 SHARED: dict[str, Any] = {
     "model": asdict(ModelSettings("model")),
@@ -113,6 +117,21 @@ def test_names_that_say_nothing_or_are_no_folders_are_refused(name: str) -> None
     collapse = {} if name == "mine" else {"strategy": "tail"}
     with pytest.raises(InputError, match=r"study\.arms"):
         check_arms(StudySettings(arms={name: {"collapse": collapse}}))
+
+
+@pytest.mark.parametrize("name", ["lora-r16", "lora-r2.5"])
+def test_a_name_that_reads_as_a_ratio_is_refused(name: str) -> None:
+    """Its run would be reported as that of the arm lora with 16% removed."""
+    with pytest.raises(InputError, match=rf"^study\.arms: {name!r} ends as the folder of a ratio") as error:
+        check_arms(StudySettings(arms={name: {"collapse": {"strategy": "tail"}}}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lora_r16", "lora-r16-wide", "lora-rank16", "r16"])
+def test_a_name_that_only_looks_like_a_ratio_is_taken(tmp_path: Path, name: str) -> None:
+    check_arms(StudySettings(arms={name: {"collapse": {"strategy": "tail"}}}))
+    (run,) = read_runs(write_run(tmp_path / run_name(name, 0, None) / "version_0", summary([(0, 6.0), (10, 3.0)])))
+    assert (run.name, run.ratio) == (name, None)
 
 
 def test_the_original_is_never_refined() -> None:

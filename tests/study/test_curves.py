@@ -1,16 +1,22 @@
 """Reading runs: one curve from several rounds, arms from seeds, and folders that are no run."""
 
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
+from laco_train.collapse import collapse_model
 from laco_train.errors import InputError
+from laco_train.settings import CollapseSettings
 from laco_train.study.curves import Point, Segment, arms_of, joined
 from laco_train.study.read import count_stored, read_runs, study_folders
 from tests.study.fake_runs import losses, summary, write_rounds, write_run, write_study
@@ -171,6 +177,49 @@ def test_an_export(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
         == sum(t.numel() for t in load_file(folder / "model.safetensors").values())
     )
     assert arms_of([run])[0].budget == 0
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+def stored(header: str, length: int | None = None) -> bytes:
+    """A safetensors file of `header` alone, which says that it is so long."""
+    return struct.pack("<Q", len(header) if length is None else length) + header.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("collapse_plan.json", b"{}"),
+        ("collapse_plan.json", b'{"format_version": 1}'),
+        ("collapse_plan.json", POINTER),
+        ("model.safetensors", POINTER),
+        ("model.safetensors", b""),
+        ("model.safetensors", stored("{}", length=3)),
+        ("model.safetensors", stored("{]")),
+        ("model.safetensors", stored("[1]")),
+        ("model.safetensors", stored('{"w": 3}')),
+        ("model.safetensors", stored('{"w": {}}')),
+        ("model.safetensors", stored('{"w": {"shape": 3}}')),
+        ("model.safetensors", b"\x04\0\0\0\0\0\0\0{}\xff\xff"),
+    ],
+)
+def test_an_export_that_is_damaged(tiny_folder: Callable[..., Path], name: str, content: bytes) -> None:
+    folder = tiny_folder(layers=1)
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_runs(folder)
+    assert str(folder / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_export_with_a_plan(tmp_path: Path, tiny_folder: Callable[..., Path], tiny_tokenizer: Any) -> None:
+    folder = tiny_folder()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plan = collapse_model(model, tiny_tokenizer, CollapseSettings(strategy="tail", target_depth=4))[1]
+    plan.save(folder / "collapse_plan.json")
+    (run,) = read_runs(folder)
+    assert (run.strategy, run.source_depth, run.depth) == ("tail", 6, 4)
+    assert (run.source_parameters, run.parameters) == (plan.parameters.before, plan.parameters.after)
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

@@ -211,6 +211,13 @@ def test_rounds_recover_from_their_last_collapse() -> None:
     assert measured.reached == (None,)  # the first round was there, but with more layers
 
 
+def test_an_arm_that_starts_just_after_the_budget_has_recovered_nothing() -> None:
+    """Refinement ended within NEAR of it, so its first evaluation counts as made there."""
+    arm = arm_of([(330_000, 5.0), (660_000, 4.0)])
+    measured = measure(arm, 327_680, None, None, 3.2)
+    assert (measured.final, measured.recovered) == (5.0, spread([0.0]))
+
+
 @given(st.lists(CURVES, min_size=1, max_size=4))
 def test_means_over_seeds(curves: list[list[tuple[int, float]]]) -> None:
     arm = arm_of(*curves)

@@ -195,15 +195,19 @@ def test_folder_instead_of_a_file(project: Project, tmp_path: Path) -> None:
     refused(project, "export", "--checkpoint", str(tmp_path), "--output", "new")
 
 
-@pytest.mark.parametrize("file", ["meta.pt", ".metadata"])
+@pytest.mark.parametrize("file", ["meta.pt", ".metadata", "learning rate", "weight"])
 def test_shards_run_nothing(tmp_path: Path, file: str) -> None:
     folder, target = tmp_path / "a.ckpt", tmp_path / "ran"
-    save({"state_dict": SMALL["state_dict"]}, checkpoint_id=folder, no_dist=True)
+    evil = Evil(target)
+    weights = {**SMALL["state_dict"], "v": evil if file == "weight" else torch.zeros(1)}
+    groups = [{"lr": evil if file == "learning rate" else 0.1, "params": ["w"]}]
+    optimizer = {"state": {}, "param_groups": groups, "more": 1}
+    save({"state_dict": weights, "optimizer_0": optimizer}, checkpoint_id=folder, no_dist=True)
     torch.save({CHECKPOINT_KEY: {}, "global_step": 3}, folder / "meta.pt")
     if file == "meta.pt":
-        torch.save({CHECKPOINT_KEY: {}, "global_step": 3, "more": Evil(target)}, folder / file)
-    else:
-        (folder / file).write_bytes(pickle.dumps(Evil(target)))
+        torch.save({CHECKPOINT_KEY: {}, "global_step": 3, "more": evil}, folder / file)
+    elif file == ".metadata":
+        (folder / file).write_bytes(pickle.dumps(evil))
     assert newest_good(tmp_path, lambda line: None) is None
     assert "posix" in str(line_of(folder))
     assert not target.exists()

@@ -1,14 +1,17 @@
 """What is written is whole or not there, and what is not whole is told apart."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint import save
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from laco_train.training.checkpoint_io import VerifiedCheckpointIO, fault
 from laco_train.training.module import CHECKPOINT_KEY
+from laco_train.training.sharded import SafeReader
 
 CONTENT: dict[str, Any] = {CHECKPOINT_KEY: {}, "global_step": 3, "state_dict": {"w": torch.arange(1000.0)}}
 
@@ -28,7 +31,8 @@ def file(tmp_path: Path) -> Path:
 def folder(tmp_path: Path) -> Path:
     """As ModelParallelStrategy writes it, by one rank."""
     path = tmp_path / "a.ckpt"
-    save({"state_dict": CONTENT["state_dict"]}, checkpoint_id=path, no_dist=True)
+    optimizer = {"state": {"w": {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": ["w"]}]}
+    save({"state_dict": CONTENT["state_dict"], "optimizer_0": optimizer}, checkpoint_id=path, no_dist=True)
     torch.save({CHECKPOINT_KEY: {}, "global_step": 3}, path / "meta.pt")
     return path
 
@@ -67,6 +71,22 @@ def test_folder_that_is_not_whole(folder: Path, name: str, how: str) -> None:
     if how == "cut short":
         path.write_bytes(data[: len(data) // 2])
     assert fault(folder) is not None
+
+
+def test_what_is_no_tensor_in_a_shard_counts(folder: Path) -> None:
+    entry = MetadataIndex("optimizer_0.param_groups.0.lr")
+    info = SafeReader(folder).read_metadata().storage_data[entry]
+    data = bytearray((folder / info.relative_path).read_bytes())
+    data[info.offset : info.offset + info.length] = bytes(info.length)
+    (folder / info.relative_path).write_bytes(data)
+    assert "its optimizer_0.param_groups.0.lr can't be read" in str(fault(folder))
+
+
+def test_an_entry_of_a_shard_that_lies_nowhere(folder: Path) -> None:
+    index = SafeReader(folder).read_metadata()
+    del index.storage_data[MetadataIndex("optimizer_0.param_groups.0.params")]
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    assert "its shards can't be read" in str(fault(folder))
 
 
 def test_code_is_not_run(tmp_path: Path) -> None:

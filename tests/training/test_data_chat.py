@@ -100,6 +100,16 @@ def test_a_template_that_raises_is_reported(tiny_tokenizer: PreTrainedTokenizerF
         learned(with_template(tiny_tokenizer, template + "{% generation %}{% endgeneration %}"), [USER, ANSWER])
 
 
+@pytest.mark.parametrize("template", [None, GENERATION], ids=["prefixes", "generation marks"])
+def test_content_that_is_no_text_for_the_template_is_reported(
+    tiny_tokenizer: PreTrainedTokenizerFast, template: str | None
+) -> None:
+    tokenizer = with_template(tiny_tokenizer, template) if template else tiny_tokenizer
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Which river?"}]}, ANSWER]
+    with pytest.raises(InputError, match=r"^data\.format: the chat template refuses chat\.jsonl, line 1 \(.*list"):
+        learned(tokenizer, parts)
+
+
 @pytest.mark.parametrize("messages", ["text", [], [{"role": "user"}], ["hi"]])
 def test_what_is_no_conversation_is_refused(tiny_tokenizer: PreTrainedTokenizerFast, messages: Any) -> None:
     with pytest.raises(InputError, match=r"data\.format: chat\.jsonl, line 1"):

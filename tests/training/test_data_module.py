@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from laco_train.errors import InputError
+from laco_train.errors import InputError, TrainingStopped
 from laco_train.settings import DataSettings
 from laco_train.training.cache import tokenizer_identity
 from laco_train.training.data import PackedText
@@ -159,6 +160,20 @@ def test_the_chat_template_matters_to_chat_only(tiny_tokenizer: PreTrainedTokeni
     assert tokenizer_identity(bare, chat=True) != tokenizer_identity(tiny_tokenizer, chat=True)
 
 
+def test_the_special_tokens_that_a_chat_template_renders_matter(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    def beginning_with(token: str) -> PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tiny_tokenizer.backend_tokenizer,
+            bos_token=token,
+            eos_token="<|endoftext|>",
+            chat_template="{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+        )
+
+    one, other = beginning_with("<|im_start|>"), beginning_with("<|pad|>")
+    assert one.apply_chat_template(CHAT, tokenize=False) != other.apply_chat_template(CHAT, tokenize=False)
+    assert tokenizer_identity(one, chat=True) != tokenizer_identity(other, chat=True)
+
+
 def test_reading_stops_at_max_tokens(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "t.jsonl"
     write(path, texts(1200))
@@ -176,6 +191,50 @@ def test_a_failed_packing_leaves_nothing_to_be_found(tmp_path: Path, tiny_tokeni
         with pytest.raises(InputError, match="line 2 is not JSON"):
             opened(tiny_tokenizer, train=str(path))
     assert not list(tmp_path.rglob("*.arrow")) and not list(tmp_path.rglob("summary.json"))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"documents": 41, "tok', b"\xff", b"null", b"{}x", None])
+def test_a_summary_that_cant_be_read_is_packed_again(
+    tmp_path: Path, own_cache: Path, tiny_tokenizer: PreTrainedTokenizerFast, content: bytes | None
+) -> None:
+    path = write(tmp_path / "t.jsonl", texts(60))
+    first = opened(tiny_tokenizer, train=path)
+    summaries = list(own_cache.rglob("summary.json"))
+    assert len(summaries) == 2
+    for file in summaries:
+        file.unlink() if content is None else file.write_bytes(content)
+    for _ in range(2):
+        assert opened(tiny_tokenizer, train=path).summary() == first.summary()
+    opened(sealed(tiny_tokenizer), train=path)
+
+
+@pytest.mark.parametrize("cache", ["file", "file/below", "missing/but/can/be/made"])
+def test_a_cache_that_cant_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast, cache: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LACO_TRAIN_CACHE", str(tmp_path / cache))
+    path = write(tmp_path / "t.jsonl", texts(60))
+    if cache.startswith("missing"):
+        assert len(opened(tiny_tokenizer, train=path).train_blocks) > 0
+        return
+    with pytest.raises(InputError, match=r"^data\.train: can't keep its blocks in .*file.*set LACO_TRAIN_CACHE"):
+        opened(tiny_tokenizer, train=path)
+
+
+def test_a_full_disk_stops_with_a_line(
+    tmp_path: Path, own_cache: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write(tmp_path / "t.jsonl", texts(600))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(TrainingStopped, match=r"^can't write .*packed.* \(.*File too large.*\).*LACO_TRAIN_CACHE"):
+            opened(tiny_tokenizer, train=path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(own_cache.rglob("*.arrow"))
+    assert len(opened(tiny_tokenizer, train=path).train_blocks) > 0
 
 
 def test_chat_is_packed_whole_and_counts_what_it_skips(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -60,6 +60,17 @@ def test_a_position_restores_the_order(blocks: int, batch_size: int, seed: int, 
     assert take(resumed, 10) == take(unbroken, 10)
 
 
+@given(**SIZES, at=st.integers(0, 30))
+def test_a_pass_is_a_whole_epoch_wherever_it_begins(
+    blocks: int, batch_size: int, seed: int, world: int, at: int
+) -> None:
+    sampler, unbroken = (BlockSampler(blocks, batch_size, seed, world - 1, world) for _ in range(2))
+    take(sampler, at)
+    order = take(unbroken, at + len(sampler))
+    assert list(sampler) == order[at:]  # ahead of the position, as prefetching workers ask
+    assert take(sampler, len(sampler)) == order[at:]
+
+
 def test_epochs_and_seeds_differ() -> None:
     sampler = BlockSampler(blocks=40, batch_size=1, seed=0)
     first, second = take(sampler, 40), take(sampler, 40)
@@ -196,6 +207,37 @@ def test_a_resumed_run_equals_the_unbroken_one(
         assert resumed == unbroken[at:], f"from step {at}"
         last = f"step={steps}.ckpt"
         assert torch.equal(weights(folder / last), weights(tmp_path / "a" / last))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("limit", [5, 0.75])
+def test_short_epochs_are_equally_long_and_read_all(
+    tmp_path: Path, packed: Callable[..., PackedText], workers: int, limit: int | float
+) -> None:
+    """Each has as many batches as trainer.limit_train_batches says, across the end of the order too."""
+    steps = 15  # three epochs of five
+    options: dict[str, Any] = {"limit_train_batches": limit, "max_epochs": 3, "limit_val_batches": 0}
+
+    def run(name: str, resume: Path | None = None) -> list[Any]:
+        (tmp_path / name).mkdir()
+        torch.manual_seed(0)
+        done = trainer(tmp_path / name, 1, **options)
+        done.fit(
+            Recorder(tmp_path / name / "log"),
+            datamodule=packed(num_workers=workers),
+            ckpt_path=resume,
+            weights_only=True,
+        )
+        assert (done.global_step, done.current_epoch) == (steps, 3)
+        return recorded(tmp_path / name, 0)
+
+    unbroken = run("a")
+    single = packed()
+    single.setup("fit")
+    assert [ids for _, ids, _ in unbroken] == handed_out(single, steps)
+    for at in (3, 5, 6, BATCHES, 8, 10, 2 * BATCHES):
+        assert run(f"b{at}", tmp_path / "a" / f"step={at}.ckpt") == unbroken[at:], f"from step {at}"
 
 
 @pytest.mark.filterwarnings("ignore")

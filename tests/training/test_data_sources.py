@@ -72,6 +72,24 @@ def test_a_hub_set_is_streamed(tmp_path: Path) -> None:
     assert [row.value for row in rows] == TEXTS
 
 
+@pytest.mark.parametrize("end", [b'{"text": "b"', gzip.compress(lines(TEXTS))[:-12]], ids=["JSON", "archive"])
+def test_a_hub_set_that_breaks_midway(tmp_path: Path, end: bytes) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train-0.jsonl").write_bytes(lines(TEXTS))
+    (tmp_path / "set" / f"train-1.jsonl{'.gz' if end[:1] != b'{' else ''}").write_bytes(end)
+    rows = HubSet("data.train", str(tmp_path / "set"), None).rows("text")
+    assert [next(rows).value for _ in TEXTS] == TEXTS
+    with pytest.raises(InputError, match=r"^data\.train: .*/set broke off after row 3 \("):
+        next(rows)
+
+
+def test_a_hub_set_without_the_column(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(lines(TEXTS))
+    with pytest.raises(InputError, match=r"^data\.column: .*no column 'body'; it has: n, text"):
+        next(HubSet("data.train", str(tmp_path / "set"), None).rows("body"))
+
+
 def test_names_of_hub_sets() -> None:
     assert resolve("data.train", ["wikitext:wikitext-2-raw-v1", "owner/name"]) == [
         HubSet("data.train", "wikitext", "wikitext-2-raw-v1"),
@@ -89,6 +107,8 @@ def test_names_of_hub_sets() -> None:
         ("owner/name", "gave no such data set.*check the name, the connection"),
         ("broken.jsonl", "broken.jsonl, line 3 is not JSON"),
         ("list.jsonl", "list.jsonl, line 1 is not a JSON object"),
+        ("digits.jsonl", "digits.jsonl, line 2 is not JSON"),
+        ("nested.jsonl", "nested.jsonl, line 1 is not JSON"),
         ("latin.txt", "latin.txt can't be read"),
         ("cut.jsonl.gz", "cut.jsonl.gz can't be read"),
         ("plain.jsonl.gz", "plain.jsonl.gz can't be read"),
@@ -101,6 +121,8 @@ def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
     (tmp_path / "table.csv").write_text("a,b")
     (tmp_path / "broken.jsonl").write_bytes(lines(["a"]) + b'\n{"text": "b"\n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "digits.jsonl").write_bytes(lines(["a"]) + b'{"text": "b", "n": ' + b"9" * 5000 + b"}\n")
+    (tmp_path / "nested.jsonl").write_bytes(b"[" * 100_000 + b"\n")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines(TEXTS))[:-12])
     (tmp_path / "plain.jsonl.gz").write_bytes(lines(TEXTS))
