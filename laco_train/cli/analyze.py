@@ -42,7 +42,7 @@ def run(args: list[str]) -> None:
 
     from laco_train.export import refuse_nonempty
 
-    output = Path(config.output)
+    output = Path(config.output).expanduser()
     refuse_nonempty(output, "--output")
 
     import torch

@@ -82,7 +82,7 @@ def run(args: list[str]) -> None:
         dtype=config.dtype,
         trust_remote_code=trusted,
     )
-    evaluation = measure_all(models, config.baseline is not None, what, device)
+    evaluation = measure_all(models, bool(config.baseline), what, device)
     page = write_evaluation(evaluation, output)
     console = Console()
     if not console.is_terminal:  # a file has no width, and 80 columns would break names

@@ -158,6 +158,7 @@ def _find(path: Path, *, adapters: bool) -> Path:
     Raises:
         InputError: it is none of these.
     """
+    from laco_train.cli.resume import newest_good
     from laco_train.export.source import KEY
     from laco_train.study.read import read_runs, study_folders
     from laco_train.training.sharded import is_sharded
@@ -172,7 +173,9 @@ def _find(path: Path, *, adapters: bool) -> Path:
     run = runs[0]
     if run.export is not None and not adapters:
         return run.export
-    checkpoints = sorted(run.folder.glob("**/checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime)
-    if not checkpoints:
+    # the run's own, or those of its rounds: folders end in their number
+    places = sorted(run.folder.glob("**/checkpoints"), key=lambda place: int(place.parent.name.rpartition("_")[2]))
+    last = next((found for place in reversed(places) if (found := newest_good(place))), None)
+    if last is None:
         raise InputError(KEY, f"{path} has no checkpoint{'' if adapters else ' and no export'}; name another run")
-    return checkpoints[-1]
+    return last

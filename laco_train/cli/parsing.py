@@ -112,8 +112,9 @@ def verb_parser(verb: str, description: str, sections: Mapping[str, type]) -> Ve
     p.add_argument("--output", type=str, required=True, help="Folder to write; must not exist or be empty.")
     for name, settings in sections.items():
         p.add_class_arguments(settings, name)
-    for name in (name for name in (*SECTIONS, "rounds", "trainer") if name not in sections):
-        p.add_argument(f"--{name}", type=dict[str, Any] | list[Any] | None, default=None, help=SUPPRESS)
+    for name in (name for name in (*SECTIONS, "trainer") if name not in sections):
+        p.add_argument(f"--{name}", type=dict[str, Any] | None, default=None, help=SUPPRESS)
+    p.add_argument("--rounds", type=list[Any] | None, default=None, help=SUPPRESS)
     p.add_argument("--seed_everything", type=bool | int, default=0, help=SUPPRESS)
     return p
 

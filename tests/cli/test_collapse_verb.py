@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,3 +67,18 @@ def test_plan_of_the_verb_gives_the_same_model(project: Project) -> None:
     result = project("collapse", "--recipe=tiny.yaml", "--output=again", "--collapse.plan", plan)
     assert result.code == 0, result.err
     assert (project.root / "again" / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ("--rounds=[{target_depth: 4}]", "rounds: train in between, which collapse does not"),
+        ("--model.from_scratch=true", "model.from_scratch: is for fit"),
+        ("--trainer=[1]", "trainer"),
+    ],
+)
+def test_what_collapse_would_leave_out_is_refused(project: Project, option: str, problem: str) -> None:
+    result = project("collapse", "--recipe", "tiny.yaml", "--output", "none", option)
+    assert result.code == 2
+    assert problem in result.err and "Traceback" not in result.err
+    assert not (project.root / "none").exists()

@@ -1,6 +1,7 @@
 """`export` from whatever holds a trained model, and the options that go not together."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -62,6 +63,12 @@ def test_an_arm_of_a_study(project: Project) -> None:
     result = project("export", "--checkpoint", str(arm.parent), "--output", "none")
     assert result.code == 2
     assert "holds 2 runs; name one of them, such as " in result.err
+
+
+def test_a_runs_last_checkpoint_is_that_of_the_most_steps(project: Project) -> None:
+    run = project.fit("--export.enabled=false", *KEEP_ALL)
+    os.utime(run.checkpoint(2))  # copied, or touched
+    assert torch.equal(logits(export(project, run.folder, "last")), logits(export(project, run.checkpoint(6), "six")))
 
 
 def test_a_model_that_was_never_here(shared_project: Project) -> None:
