@@ -21,7 +21,7 @@ from laco_train.models import load_config, load_model, load_tokenizer
 from laco_train.precision import named_dtype
 from laco_train.progress import bar
 from laco_train.settings import Dtype
-from laco_train.training.cache import _canonical
+from laco_train.training.cache import canonical_text
 from laco_train.training.sources import resolve
 
 _LABEL = re.compile(r"(?P<name>[\w.-]+)=(?P<source>.+)")
@@ -94,7 +94,7 @@ def read_text(files: Sequence[str]) -> str:
     """
     with keys_of_options():
         rows = (row for source in resolve("--perplexity", list(files)) for row in source.rows("text"))
-        documents = [_canonical(row, chat=False) for row in rows]
+        documents = [canonical_text(row, chat=False) for row in rows]
     return "\n\n".join(text for text in documents if text.strip())
 
 

@@ -21,7 +21,7 @@ from laco_train.training.encode import encode_conversations, encode_texts
 from laco_train.training.packing import IGNORED, Block, Encoded, pack_text, pack_whole
 from laco_train.training.sources import Row, Source
 
-_VERSION = 2  # raise it when the same request would give other blocks
+_VERSION = 1  # raise it when the same request would give other blocks
 _SUMMARY = "summary.json"
 _GROUP_DOCUMENTS, _GROUP_CHARACTERS = 256, 1_000_000  # tokenised in one call
 
@@ -249,7 +249,7 @@ def _groups(request: Request, summary: Summary, seen: _Seen) -> Iterator[tuple[l
     digests: list[str] = []
     size = 0
     for row in (row for source in request.sources for row in source.rows(request.column)):
-        text = _canonical(row, request.chat)
+        text = canonical_text(row, request.chat)
         if not text.strip():
             continue
         seen.documents += 1
@@ -268,7 +268,7 @@ def _groups(request: Request, summary: Summary, seen: _Seen) -> Iterator[tuple[l
         yield rows, digests
 
 
-def _canonical(row: Row, chat: bool) -> str:
+def canonical_text(row: Row, chat: bool) -> str:
     """What makes two documents equal: the text, or the messages as sorted JSON. A null counts as empty."""
     if row.value is None:
         return ""

@@ -13,7 +13,7 @@ from laco_train.errors import InputError
 from laco_train.training.packing import IGNORED, Ids
 from laco_train.training.sources import Row
 
-# A template adds up strings: over a message that holds a list or null Python's own error leaves it.
+# A template joins strings: a list or null in a message ends in Python's own error, not in Jinja's.
 _REFUSALS = (TemplateError, TypeError)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
