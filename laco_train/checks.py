@@ -1,7 +1,7 @@
 """What no model, text or machine could satisfy in a recipe's sections; each check names the key. Imports no torch."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -200,6 +200,13 @@ def check_rounds(rounds: list[RoundSettings], s: CollapseSettings, depth: int | 
         check_static(f"{key}.learning_rate", rate is None or rate > 0, f"must be above 0, is {rate}")
         check_collapse(replace(s, target_depth=target), left)
         left = target
+
+
+def check_one_of(rounds: Sequence[Any] | None, s: CollapseSettings) -> None:
+    """Refuse `rounds` where one model is asked for, unless the collapse says which."""
+    told = s.target_depth is not None or s.plan is not None
+    problem = "make several models, and one is asked for; name the depth of one by collapse.target_depth"
+    check_static("rounds", told or not rounds, problem)
 
 
 def check_data(s: DataSettings, positions: int | None = None) -> None:

@@ -3,7 +3,7 @@
 import copy
 from pathlib import Path
 
-from laco_train.checks import check_collapse, check_data, check_export, check_model, check_static
+from laco_train.checks import check_collapse, check_data, check_export, check_model, check_one_of, check_static
 from laco_train.cli.parsing import VerbParser, resolve_arguments, verb_parser
 from laco_train.settings import CollapseSettings, DataSettings, ExportSettings, ModelSettings
 
@@ -27,7 +27,7 @@ def run(args: list[str]) -> None:
     check_collapse(collapse_settings)
     check_data(ready.data)
     check_export(ready.export)
-    check_static("rounds", not config.rounds, "train in between, which collapse does not; leave them out, or use fit")
+    check_one_of(config.rounds, collapse_settings)
     check_static("model.from_scratch", not model_settings.from_scratch, "is for fit, which trains; set it to false")
 
     from laco_train.export import refuse_nonempty

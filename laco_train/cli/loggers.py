@@ -1,5 +1,6 @@
 """Which loggers a run has: fit's own TensorBoardLogger, and beside it those that the recipe names."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 def logs_in(trainer: Mapping[str, Any]) -> Path:
     """Where runs go, by the recipe's section `trainer`; Lightning reads ``~`` as the user's folder too."""
-    return Path(trainer.get("default_root_dir") or ".").expanduser() / "lightning_logs"
+    return Path(os.path.expanduser(trainer.get("default_root_dir") or ".")) / "lightning_logs"
 
 
 def replaces_own(named: Any) -> bool:

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.utilities import rank_zero_only
 
 from laco_train.checks import check_rounds, check_static
-from laco_train.cli.loggers import logger_in
+from laco_train.cli.loggers import logger_in, logs_in
 from laco_train.cli.resume import (
     CONFIG_FILE,
     SUMMARY_FILE,
@@ -44,8 +44,8 @@ from laco_train.export import CardFacts
 from laco_train.export.proof import PLAN_FILE
 from laco_train.files import write_whole
 from laco_train.models import load_config
-from laco_train.settings import ExportSettings, ModelSettings, RoundSettings
-from laco_train.study.disk import check_room, needed, run_bytes
+from laco_train.settings import CollapseSettings, ExportSettings, ModelSettings, RoundSettings
+from laco_train.study.disk import check_room, needed, run_size
 from laco_train.training.distill import distills
 
 ROUNDS_FILE = "rounds.json"
@@ -188,7 +188,8 @@ class FitCLI(RecipeCLI):
         check_rounds(given.rounds, given.collapse)
         depth = depth_of(load_config(self.source.source, trust_remote_code=self.source.trust_remote_code))
         check_rounds(given.rounds, given.collapse, depth)
-        self.run = self._run_to_go_on_with(Path(trainer.get("default_root_dir") or ".") / "lightning_logs")
+        check_reach(given.rounds, given.collapse, depth)
+        self.run = self._run_to_go_on_with(logs_in(trainer))
 
     def _run_to_go_on_with(self, logs: Path) -> Rounds:
         given, text = self.config_init["fit"], self._parser("fit").dump(self.config["fit"], skip_unset=False)
@@ -213,9 +214,7 @@ class FitCLI(RecipeCLI):
             return
         run, first = self.run, not getattr(rank_zero_only, "rank", 0)
         if first:
-            precision = str(self._get(self.config_init, "trainer").get("precision") or "32-true")
-            wanted = disk_needed(run.rounds[run.next() :], self.config_init["fit"], precision)
-            print(f"Disk: {check_room(wanted, run.folder)}", flush=True)
+            print(f"Disk: {check_room(self._disk_needed(run), run.folder)}", flush=True)
         for index in range(run.next(), len(run.rounds)):
             if first:
                 if index > 0:
@@ -230,6 +229,18 @@ class FitCLI(RecipeCLI):
                 wait_for(run, index)
         if first:
             self._finish()
+
+    def _disk_needed(self, run: Rounds) -> int:
+        """Bytes that the rounds left need at most, beside what is there."""
+        given, trainer = self.config_init["fit"], self._get(self.config_init, "trainer")
+        precision = str(trainer.get("precision") or "32-true")
+        kept = 0 if trainer.get("enable_checkpointing") is False else len(self._checkpoints(trainer)) or 2
+        sizes = []
+        for index in range(run.next(), len(run.rounds)):
+            collapse = dataclasses.replace(given.collapse, target_depth=run.rounds[index].target_depth)
+            export = given.export if index == len(run.rounds) - 1 else ExportSettings()
+            sizes.append((run_size(given.model, collapse, export, precision, kept=kept), run.folder_of(index)))
+        return needed(sizes, exports_stay=run.keeps)
 
     def _changes(self, index: int) -> list[str]:
         """Options that make a round of the recipe."""
@@ -291,14 +302,35 @@ def free_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def disk_needed(rounds: Sequence[RoundSettings], recipe: Any, precision: str) -> int:
-    """Bytes that `rounds` of a `recipe` need at most: exports between them, and checkpoints with the optimizer's state.
+def check_reach(rounds: Sequence[RoundSettings], s: CollapseSettings, depth: int) -> None:
+    """Refuse a round to a depth that its search can't reach, before those that come first are trained.
 
-    The last export is counted too, in the type that was trained.
+    Args:
+        depth: of the model.
     """
-    export = ExportSettings()
-    depths = [dataclasses.replace(recipe.collapse, target_depth=one.target_depth) for one in rounds]
-    return needed([run_bytes(recipe.model, collapse, export, precision) for collapse in depths])
+    before = range(depth, depth + 1)
+    for number, one in enumerate(rounds):
+        least, target = min(least_depth(s, layers) for layers in before), one.target_depth
+        problem = (
+            f"is {target}, but {s.strategy} leaves {least} layers at least there, by C, L, I and H; raise C or H, "
+            "lower L or I, or set another collapse.strategy"
+        )
+        check_static(f"rounds[{number}].target_depth", target >= least, problem)
+        before = range(target if s.exact else least, target + 1)  # a merge of several layers may overshoot
+
+
+def least_depth(s: CollapseSettings, depth: int) -> int:
+    """Layers that a search leaves of `depth` if it accepts every merge that it tries."""
+    c, low, high = s.layers_per_merge, s.lowest_layer, s.highest_layer or depth
+    if s.strategy == "greedy":
+        return low + 1 + depth - high
+    if s.strategy != "laco":
+        return 1
+    pointer = high - c
+    while pointer >= low:
+        depth -= c - 1
+        pointer = min(pointer - s.min_interval, depth - c)
+    return depth
 
 
 def run(args: list[str]) -> None:

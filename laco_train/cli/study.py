@@ -1,7 +1,8 @@
 """`study --recipe R`: arms on the same data, evaluation points and budget, one after another."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -9,6 +10,7 @@ from jsonargparse import SUPPRESS
 
 from laco_train.checks import check_budget, check_collapse, check_data, check_evaluation, check_model
 from laco_train.cli.parsing import VerbParser, add_recipe_flag, resolve_arguments
+from laco_train.cli.values import check_values
 from laco_train.errors import InputError
 from laco_train.settings import SECTIONS, DataSettings
 from laco_train.study.settings import StudySettings, check_study, known
@@ -60,19 +62,24 @@ def checked(config: Any, name: str, p: VerbParser) -> "tuple[Study, list[str]]":
     shared: dict[str, Any] = yaml.safe_load(p.dump(config, skip_unset=False))
     for key in ("study", "arms", "recipe"):
         shared.pop(key, None)
+    typed(shared)
     trainer = shared["trainer"]
     if trainer.get("logger") not in (None, True):
         raise InputError("trainer.logger", "goes not with a study, which goes on in fit's own curves; drop it")
     check_study(settings, ready.collapse, ready.budget, tokens_a_step(ready.data, trainer))
     arms = chosen(config.arms, settings)
 
+    from laco_train.cli.loggers import logs_in
+    from laco_train.study.arms import merged
     from laco_train.study.depths import depths_at
     from laco_train.study.run import Study, refuse_changed
 
-    logs = Path(trainer.get("default_root_dir") or ".") / "lightning_logs"
+    for arm, changes in settings.arms.items():
+        with naming(arm):
+            typed(merged(shared, changes or {}))
     check_model(ready.model)
     depths = depths_at(settings.ratios, ready.model) if settings.ratios else {}
-    study = Study(name, settings, shared, logs, depths)
+    study = Study(name, settings, shared, logs_in(trainer), depths)
     check_recipe(study.recipe(study.tasks(arms)[0], None))  # what is wrong in all arms is no arm's fault
 
     from laco_train.evaluation.in_run import prompts_of, questions_of
@@ -105,19 +112,23 @@ def tokens_a_step(data: DataSettings, trainer: dict[str, Any]) -> int:
 
 
 def check_arm(study: "Study", arm: str) -> Any:
-    """The sections of an arm's first run, filled in; an InputError names the arm."""
-    try:
+    """The sections of an arm's first run, filled in."""
+    with naming(arm):
         return check_recipe(study.recipe(study.tasks([arm])[0], None))
+
+
+@contextmanager
+def naming(arm: str) -> Iterator[None]:
+    """An InputError of the block names `arm`."""
+    try:
+        yield
     except InputError as error:
         raise InputError(f"study.arms.{arm}", str(error)) from None
 
 
-def check_recipe(recipe: dict[str, Any]) -> Any:
-    """Refuse what fit would refuse of `recipe`, as far as that can be told without the model.
-
-    Returns:
-        Its sections by name, as dataclasses.
-    """
+@cache
+def recipe_parser() -> Any:
+    """Parser of a recipe of fit."""
     from lightning.pytorch import Trainer
 
     from laco_train.cli.trainer import RecipeParser
@@ -127,9 +138,29 @@ def check_recipe(recipe: dict[str, Any]) -> Any:
     for name, section in SECTIONS.items():
         p.add_class_arguments(section, name)
     p.add_lightning_class_args(Trainer, "trainer")
-    ready = p.instantiate(p.parse_object(recipe))
+    return p
+
+
+def typed(recipe: dict[str, Any]) -> Any:
+    """`recipe` as the parser of fit gives it; an InputError names a key whose value is of another type."""
+    parsed = recipe_parser().parse_object(recipe)
+    check_values(parsed)
+    return parsed
+
+
+def check_recipe(recipe: dict[str, Any]) -> Any:
+    """Refuse what fit would refuse of `recipe`, as far as that can be told without the weights.
+
+    Returns:
+        Its sections by name, as dataclasses.
+    """
+    from laco_train.collapse.families import depth_of
+    from laco_train.models import load_config
+
+    ready = recipe_parser().instantiate(typed(recipe))
     check_model(ready.model)
-    check_collapse(ready.collapse)
+    config = load_config(ready.model.source, trust_remote_code=ready.model.trust_remote_code)
+    check_collapse(ready.collapse, depth_of(config))
     check_data(ready.data)
     check_budget(ready.budget)
     check_evaluation(ready.evaluation)
@@ -137,16 +168,17 @@ def check_recipe(recipe: dict[str, Any]) -> Any:
 
 
 def _say_disk(study: "Study", arms: Sequence[str], sections: dict[str, Any]) -> None:
-    from laco_train.study.disk import check_room, needed, run_bytes
+    from laco_train.study.disk import check_room, needed, run_size
     from laco_train.study.run import is_finished
 
     tasks = study.tasks(arms)
     left = [task for task in tasks if not is_finished(study, task)]
     precision = str(study.shared["trainer"].get("precision") or "32-true")
     sizes = {}
-    for arm in {task.arm for task in left}:  # at its smallest ratio, so none of its runs takes more
+    for arm in dict.fromkeys(task.arm for task in left):  # at its smallest ratio, so none of its runs takes more
         ready = sections[arm]
-        checkpoint, exported = run_bytes(ready.model, ready.collapse, ready.export, precision)
-        sizes[arm] = (0 if ready.trainer.enable_checkpointing is False else checkpoint), exported
-    said = check_room(needed([sizes[task.arm] for task in left]), study.logs)
+        kept = 0 if ready.trainer.enable_checkpointing is False else 2  # the best and the newest
+        with naming(arm):
+            sizes[arm] = run_size(ready.model, ready.collapse, ready.export, precision, kept=kept)
+    said = check_room(needed([(sizes[task.arm], study.place(task).run) for task in left]), study.logs)
     print(f"Study {study.name}: {len(left)} of {len(tasks)} runs are left; {said}", flush=True)

@@ -42,7 +42,7 @@ from laco_train.checks import (
     check_export,
     check_limits,
     check_model,
-    check_static,
+    check_one_of,
 )
 from laco_train.cli.endings import ended_by_signal, leave_no_trace
 from laco_train.cli.loggers import listed, logger_in, loggers_of, logs_in, replaces_own
@@ -180,8 +180,8 @@ class RecipeCLI(LightningCLI):
         self.datamodule = PackedText(self.data_settings, self.load_tokenizer)
         self.samples = Samples(prompts_of(self.evaluation_settings))
         self.collapse = self._collapse_callback()
-        one = self.subcommand == "fit" or self.checkpoint is not None or not self.config_init["validate"].rounds
-        check_static("rounds", one, "make several models; validate one of them by the --ckpt_path of its round")
+        if self.subcommand == "validate" and self.checkpoint is None:
+            check_one_of(self.config_init["validate"].rounds, self.collapse_settings)
         self.utilisation, self.memory = Utilisation(), Memory()
         self.curves = Curves(self.collapse, self.utilisation)
         tasks = questions_of(self.evaluation_settings) if self.subcommand == "fit" else []

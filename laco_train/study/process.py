@@ -50,8 +50,9 @@ def _passing_on(process: "subprocess.Popen[bytes]") -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def last_words(log: Path) -> str:
-    """The line with which a fit ended."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def last_words(log: Path, begin: int) -> str:
+    """The line with which a fit ended, whose output begins at byte `begin` of `log`, after that of earlier tries."""
+    output = log.read_bytes()[begin:].decode("utf-8", errors="replace")
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("laco_train: ")]
     return (said or lines or ["it said nothing"])[-1].removeprefix("laco_train: ")

@@ -54,7 +54,7 @@ def is_finished(version: Path) -> bool:
 
 
 def _unfinished(folder: Path) -> list[Path]:
-    """What has no summary of a run's rounds and the run itself: all rounds that have begun may be at their end."""
+    """Rounds of a run, or the run itself, without a summary: one that stopped between rounds has all that began."""
     rounds = _rounds(folder)
     whole = [folder] if not rounds or (folder / _CONFIG).is_file() else []
     return [part for part in (*rounds, *whole) if not (part / _SUMMARY).is_file()]

@@ -1,7 +1,7 @@
 """Runs the arms of a study one after another; what is finished is skipped, what was cut off goes on."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,9 +57,13 @@ class Study:
         """Where a run is."""
         return Place(self.logs, f"{self.name}/{task.name}")
 
-    def sweep_place(self, arm: str, rate: float) -> Place:
-        """Where a short run of a sweep is: apart, so that TensorBoard shows the arms alone."""
-        return Place(self.logs, f"{self.name}-sweep/{arm}-{rate:g}")
+    def sweep(self, arm: str) -> Iterator[tuple[float, Place, Recipe]]:
+        """Rates to try for `arm`, each with its short run: apart, so that TensorBoard shows the arms alone."""
+        of_a_seed = [task for task in self.tasks([arm]) if task.seed == self.settings.seeds[0]]
+        task = of_a_seed[len(of_a_seed) // 2]  # of the middle ratio
+        for rate in self.settings.learning_rates:
+            place = Place(self.logs, f"{self.name}-sweep/{arm}-{rate:g}")
+            yield rate, place, sweep_recipe(self.recipe(task, rate), self.settings, rate)
 
     def recipe(self, task: Task, rate: float | None) -> Recipe:
         """The recipe of a run."""
@@ -116,6 +120,10 @@ def refuse_changed(study: Study, arms: Sequence[str]) -> None:
             claim(place.run, f"study.arms.{task.arm}").close()
         if known is not None:
             place.refuse_other(study.recipe(task, known[0]))
+    for arm in arms:
+        if study.rate(arm) is None:
+            for _, place, recipe in study.sweep(arm):
+                place.refuse_other(recipe)
 
 
 def is_finished(study: Study, task: Task) -> bool:
@@ -178,12 +186,13 @@ def _fit(study: Study, place: Place, recipe: Recipe) -> str | None:
     if place.run.is_dir() and not place.begun:
         shutil.rmtree(place.run)  # killed before anything worth keeping: fit would take the next number
     path, log = place.write(recipe), place.folder / LOG_FILE
+    begin = log.stat().st_size if log.exists() else 0
     study.say(f"{place.name}: {'goes on' if place.begun else 'begins'}; its output is in {log}")
     code = study.fit(["--recipe", str(path), "--resume", "auto", "--name", place.name], log)
     if code == 0 and place.finished(recipe):
         study.say(f"{place.name}: {_outcome(place)}")
         return None
-    return f"{last_words(log)} (exit code {code})"
+    return f"{last_words(log, begin)} (exit code {code})"
 
 
 def _outcome(place: Place) -> str:
@@ -201,11 +210,7 @@ def _chosen(study: Study, arm: str, journal: Journal) -> float | None:
             journal.learning_rates[arm] = {"chosen": rate, "how": how}
         return rate
     losses: dict[float, float | None] = {}
-    of_a_seed = [task for task in study.tasks([arm]) if task.seed == study.settings.seeds[0]]
-    task = of_a_seed[len(of_a_seed) // 2]  # of the middle ratio
-    for rate in study.settings.learning_rates:
-        place = study.sweep_place(arm, rate)
-        recipe = sweep_recipe(study.recipe(task, rate), study.settings, rate)
+    for rate, place, recipe in study.sweep(arm):
         if not place.finished(recipe) and (problem := _fit(study, place, recipe)):
             study.say(f"{place.name}: failed: {problem}")
             losses[rate] = None

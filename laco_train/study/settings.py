@@ -100,17 +100,20 @@ def check_arms(s: StudySettings) -> None:
     for arm, changes in s.arms.items():
         if not isinstance(changes, dict | None):
             raise InputError(f"study.arms.{arm}", "must hold sections, such as collapse: {merge_rule: mean}, or {}")
+        for section, own in (changes or {}).items():
+            key = f"study.arms.{arm}.{section}"
+            check_static(key, section in OWN_SECTIONS, f"can't differ: arms change only {', '.join(OWN_SECTIONS)}")
+            told = f"is a section, but is {own!r}; write its keys, or leave it out"
+            check_static(key, isinstance(own, dict), told)
         if not names_layers(changes):
             known(arm, ARMS, "study.arms")
-        check_static("study.arms", _NAME.fullmatch(arm) is not None, f"{arm!r} is no name for a folder")
+        named = isinstance(arm, str) and _NAME.fullmatch(arm) is not None  # YAML gives 1 as a number
+        check_static("study.arms", named, f"{arm!r} is no name for a folder")
         found = RUN_FOLDER.fullmatch(f"{arm}-seed0")
         if found is not None and found["percent"] is not None:  # its runs would be read as those of a ratio
             raise InputError(
                 "study.arms", f"{arm!r} ends as the folder of a ratio does (laco-r27); end it otherwise, as in lora_r16"
             )
-        for section in changes or {}:
-            key = f"study.arms.{arm}.{section}"
-            check_static(key, section in OWN_SECTIONS, f"can't differ: arms change only {', '.join(OWN_SECTIONS)}")
 
 
 def names_layers(changes: Any) -> bool:

@@ -72,7 +72,7 @@ def test_plan_of_the_verb_gives_the_same_model(project: Project) -> None:
 @pytest.mark.parametrize(
     ("option", "problem"),
     [
-        ("--rounds=[{target_depth: 4}]", "rounds: train in between, which collapse does not"),
+        ("--rounds=[{target_depth: 4}]", "rounds: make several models"),
         ("--model.from_scratch=true", "model.from_scratch: is for fit"),
         ("--trainer=[1]", "trainer"),
     ],

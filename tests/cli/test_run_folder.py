@@ -147,4 +147,4 @@ def test_a_recipe_of_nobody(project: Project) -> None:
 
 def test_validate_takes_one_model(project: Project) -> None:
     rounds = ["--rounds", "[{target_depth: 4}]", "--collapse.similarity_threshold", "null"]
-    refused(project("validate", "--recipe", "tiny.yaml", *rounds), "rounds", "--ckpt_path of its round")
+    refused(project("validate", "--recipe", "tiny.yaml", *rounds), "rounds", "make several models")
