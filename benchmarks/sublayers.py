@@ -148,24 +148,30 @@ class Halves:
         return found
 
 
-def best_cut(halves: Halves, depth: int, removed: int, whole: bool) -> Kept:
-    """What the single cut of least loss leaves."""
+Looked = list[tuple[str, float]]
+"""Names of cuts that a choice looked at, and the loss of each."""
+
+
+def best_cut(halves: Halves, depth: int, removed: int, whole: bool) -> tuple[Kept, Looked]:
+    """What the single cut of least loss leaves, and all cuts."""
     choices = cuts(depth, removed, whole)
     losses = halves.losses(tuple(range(2 * depth)), choices)
-    for choice, loss in zip(choices, losses, strict=True):
-        print(named(choice, depth), round(loss, 4), flush=True)
-    return choices[losses.index(min(losses))]
+    return choices[losses.index(min(losses))], [
+        (named(c, depth), loss) for c, loss in zip(choices, losses, strict=True)
+    ]
 
 
-def greedy(halves: Halves, depth: int, removed: int, whole: bool) -> Kept:
-    """What is left when the pair whose loss without it is least has gone, `removed` times."""
+def greedy(halves: Halves, depth: int, removed: int, whole: bool) -> tuple[Kept, Looked]:
+    """What is left when the pair whose loss without it is least has gone, `removed` times, and what each time left."""
     kept: Kept = tuple(range(2 * depth))
+    looked = []
     for _ in range(removed):
         choices = [without(kept, at) for at in pairs(kept, whole)]
         losses = halves.losses(kept, choices)
         kept = choices[losses.index(min(losses))]
-        print(named(kept, depth), round(min(losses), 4), flush=True)
-    return kept
+        looked.append((named(kept, depth), min(losses)))
+        print(*looked[-1], flush=True)
+    return kept, looked
 
 
 def measured(
@@ -211,14 +217,20 @@ def run(options: argparse.Namespace) -> None:
     for way, choose in (("single cut", best_cut), ("greedy", greedy)):
         for whole in (True, False):
             began = time.perf_counter()
-            kept = choose(halves, depth, options.removed, whole)
+            kept, looked = choose(halves, depth, options.removed, whole)
             seconds = time.perf_counter() - began
             row = {"choice": way, "of": "whole layers" if whole else "halves", "removed": named(kept, depth)}
             folder = options.save / "-".join((way, str(row["of"]))).replace(" ", "_") if options.save else None
             before, after = measured(original, kept, calibration, validation, folder)
             if folder:
                 tokenizer.save_pretrained(folder)
-            row |= {"loss": before, "loss_solved": after, "original_loss": base, "seconds": seconds}
+            row |= {
+                "looked_at": looked,
+                "loss": before,
+                "loss_solved": after,
+                "original_loss": base,
+                "seconds": seconds,
+            }
             print(row, flush=True)
             rows.append(row)
     if options.output:

@@ -85,7 +85,9 @@ def test_greedy_takes_the_least_each_time(tiny_llama: Callable[..., LlamaForCaus
         kept = min(
             (without(kept, at) for at in pairs(kept, False)), key=lambda k: loss_of(composed(model, k), batches())
         )
-    assert greedy(Halves.of(model, batches()), 4, 2, whole=False) == kept
+    found, looked = greedy(Halves.of(model, batches()), 4, 2, whole=False)
+    assert found == kept
+    assert looked[-1] == (named(kept, 4), pytest.approx(loss_of(composed(model, kept), batches()), abs=1e-5))
 
 
 def test_the_script_as_a_whole(
@@ -115,6 +117,8 @@ def test_the_script_as_a_whole(
         (way, of) for way in ("single cut", "greedy") for of in ("whole layers", "halves")
     ]
     assert all(math.isfinite(row["loss"] + row["loss_solved"]) and row["original_loss"] > 0 for row in rows)
+    assert [len(row["looked_at"]) for row in rows] == [4, 7, 2, 2]
+    assert rows[1]["removed"] == min(rows[1]["looked_at"], key=lambda look: look[1])[0]
     for folder in ("single_cut-whole_layers", "greedy-halves"):
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / folder).config.num_hidden_layers == 3
     with pytest.raises(SystemExit) as ended:

@@ -8,6 +8,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
+from laco_train.checks import check_static
 from laco_train.cli.resume import CONFIG_FILE, claim
 from laco_train.errors import InputError
 from laco_train.files import write_whole
@@ -25,16 +26,29 @@ def take_folder(trainer: Trainer, resumes: str | None) -> None:
     """
     logger = trainer.logger
     while isinstance(logger, TensorBoardLogger) and logger._version is None:
-        try:
-            Path(logger.log_dir).mkdir(parents=True)
+        taken = Path(logger.log_dir)
+        if _made(taken):
             return
-        except FileExistsError:  # another process took the number meanwhile
-            logger._version = None
+        check_static("trainer.default_root_dir", taken.is_dir(), f"holds {taken}, which is no folder; remove it")
+        logger._version = None  # another process took the number meanwhile
     folder = Path(str(trainer.log_dir))
     within = resumes is not None and folder.resolve() in Path(resumes).resolve().parents
     if (folder / CONFIG_FILE).exists() and not within:
         raise InputError("trainer.logger", f"puts this run into {folder}, which holds another; name another place")
-    folder.mkdir(parents=True, exist_ok=True)
+    _made(folder)
+
+
+def _made(folder: Path) -> bool:
+    """Make it; False: it was there."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise InputError(
+            "trainer.default_root_dir", f"{folder} can't be made ({error.strerror}); name another"
+        ) from error
+    return True
 
 
 class RecordConfig(SaveConfigCallback):

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import SUPPRESS
 
-from laco_train.checks import check_budget, check_collapse, check_data, check_evaluation, check_model
+from laco_train.checks import (
+    check_budget,
+    check_collapse,
+    check_data,
+    check_evaluation,
+    check_export,
+    check_limits,
+    check_model,
+)
 from laco_train.cli.parsing import VerbParser, add_recipe_flag, resolve_arguments
 from laco_train.cli.values import check_values
 from laco_train.errors import InputError
@@ -164,6 +172,8 @@ def check_recipe(recipe: dict[str, Any]) -> Any:
     check_data(ready.data)
     check_budget(ready.budget)
     check_evaluation(ready.evaluation)
+    check_export(ready.export)
+    check_limits(recipe["trainer"])
     return ready
 
 

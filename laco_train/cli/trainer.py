@@ -68,6 +68,7 @@ from laco_train.collapse.families import depth_of
 from laco_train.collapse.similarity import read_calibration
 from laco_train.errors import InputError, TrainingStopped
 from laco_train.evaluation.in_run import prompts_of, questions_of
+from laco_train.evaluation.samples import check_prompts
 from laco_train.export import CardFacts, export_folder, refuse_nonempty, save_adapter
 from laco_train.export.measured import of_run
 from laco_train.models import load_config, load_tokenizer
@@ -225,7 +226,10 @@ class RecipeCLI(LightningCLI):
     def _check_against_model(self) -> None:
         s = self.model_settings
         config = load_config(s.source, trust_remote_code=s.trust_remote_code)
-        check_data(self.data_settings, getattr(config, "max_position_embeddings", None))
+        positions = getattr(config, "max_position_embeddings", None)
+        check_data(self.data_settings, positions)
+        if self.samples.prompts:
+            check_prompts(self.samples.prompts, self.load_tokenizer(), positions, "evaluation.prompts")
         if self.collapse.plan is not None:
             return
         depth = depth_of(config)

@@ -16,7 +16,7 @@ from laco_train.evaluation.harness import TaskRow, evaluate, require_harness
 from laco_train.evaluation.options import keys_of_options
 from laco_train.evaluation.perplexity import Perplexity, check_windows, measure_perplexity
 from laco_train.evaluation.result import Evaluation, ModelResult
-from laco_train.evaluation.samples import NEW_TOKENS, check_prompts, continuations
+from laco_train.evaluation.samples import check_prompts, continuations
 from laco_train.models import load_config, load_model, load_tokenizer
 from laco_train.precision import named_dtype
 from laco_train.progress import bar
@@ -134,7 +134,7 @@ def check_models(
             check_windows(block, block, positions)
         if prompts:
             tokenizer = load_tokenizer(one.source, trust_remote_code=trust_remote_code)
-            check_prompts(prompts, tokenizer, NEW_TOKENS, positions)
+            check_prompts(prompts, tokenizer, positions)
 
 
 def measure_all(models: Sequence[Named], has_baseline: bool, what: Measures, device: torch.device) -> Evaluation:

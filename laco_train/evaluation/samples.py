@@ -38,14 +38,14 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def check_prompts(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, new_tokens: int, positions: int | None
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, positions: int | None, key: str = "--prompts"
 ) -> None:
-    """Refuse prompts that, with so many `new_tokens` each, don't fit a model of so many `positions` (None: unknown)."""
+    """Refuse prompts that, with NEW_TOKENS each, don't fit a model of so many `positions` (None: unknown)."""
     for number, prompt in enumerate(prompts, start=1):
         tokens = len(tokenizer(prompt, verbose=False)["input_ids"])
-        if positions is not None and tokens + new_tokens > positions:
-            problem = f"prompt {number} is {tokens:,} tokens, with {new_tokens} new ones more than the model's"
-            raise InputError("--prompts", f"{problem} {positions:,} positions; shorten it")
+        if positions is not None and tokens + NEW_TOKENS > positions:
+            problem = f"prompt {number} is {tokens:,} tokens, with {NEW_TOKENS} new ones more than the model's"
+            raise InputError(key, f"{problem} {positions:,} positions; shorten it")
 
 
 @torch.no_grad()  # weights that train on must not meet tensors of inference mode
@@ -60,11 +60,7 @@ def continuations(
     """What `model` writes after each prompt: greedy, at most `new_tokens`, without a chat template, one at a time.
 
     Settings that come with the model (temperature, penalties) are left out, so that all models are asked alike.
-
-    Raises:
-        InputError: as `check_prompts`.
     """
-    check_prompts(prompts, tokenizer, new_tokens, getattr(model.config, "max_position_embeddings", None))
     own = model.generation_config
     end = getattr(own, "eos_token_id", None)
     config = GenerationConfig(

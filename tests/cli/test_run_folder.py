@@ -148,3 +148,21 @@ def test_a_recipe_of_nobody(project: Project) -> None:
 def test_validate_takes_one_model(project: Project) -> None:
     rounds = ["--rounds", "[{target_depth: 4}]", "--collapse.similarity_threshold", "null"]
     refused(project("validate", "--recipe", "tiny.yaml", *rounds), "rounds", "make several models")
+
+
+def test_a_root_that_is_no_folder(project: Project) -> None:
+    (project.root / "file").write_text("")
+    before = project.files()
+    result = project("fit", "--recipe", "tiny.yaml", "--trainer.default_root_dir", "file")
+    refused(result, "trainer.default_root_dir", "can't be made")
+    assert project.files() == before
+
+
+def test_a_prompt_longer_than_the_positions_is_told_before_training(project: Project) -> None:
+    (project.root / "prompts.txt").write_text("river " * 400)
+    before = project.files()
+    asked = ["--evaluation.samples", "true", "--evaluation.prompts", "prompts.txt"]
+    refused(
+        project("fit", "--recipe", "tiny.yaml", *asked), "evaluation.prompts", "more than the model's 256 positions"
+    )
+    assert project.files() == before

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from laco_train.errors import InputError
-from laco_train.evaluation.samples import PROMPTS, continuations, read_prompts
+from laco_train.evaluation.samples import PROMPTS, check_prompts, continuations, read_prompts
 from tests.collapse.tiny import tiny
 
 Builder = Callable[..., LlamaForCausalLM]
@@ -42,13 +42,12 @@ def test_continuations_are_greedy_and_the_models_settings_are_left_out(
 def test_a_prompt_that_a_model_has_no_positions_for_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     """Of learned positions; the last prompt that fits is written after."""
     model, words = tiny("gpt2"), tiny_tokenizer("river" * 300)["input_ids"]
-    long, fits = (tiny_tokenizer.decode(words[:tokens]) for tokens in (253, 252))
-    assert [len(tiny_tokenizer(text)["input_ids"]) for text in (long, fits)] == [253, 252]
-    done: list[int] = []
-    with pytest.raises(InputError, match=r"^--prompts: prompt 2 is 253 tokens, .* 4 new ones .* 256 positions"):
-        continuations(model, tiny_tokenizer, ["a", long], new_tokens=4, on_prompt=lambda now, of: done.append(now))
-    assert done == []
-    assert len(continuations(model, tiny_tokenizer, ["a", fits], new_tokens=4)) == 2
+    long, fits = (tiny_tokenizer.decode(words[:tokens]) for tokens in (193, 192))
+    assert [len(tiny_tokenizer(text)["input_ids"]) for text in (long, fits)] == [193, 192]
+    with pytest.raises(InputError, match=r"^--prompts: prompt 2 is 193 tokens, .* 64 new ones .* 256 positions"):
+        check_prompts(["a", long], tiny_tokenizer, 256)
+    check_prompts(["a", fits], tiny_tokenizer, 256)
+    assert len(continuations(model, tiny_tokenizer, ["a", fits])) == 2
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
