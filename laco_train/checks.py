@@ -81,8 +81,11 @@ def check_limits(trainer: Mapping[str, Any]) -> None:
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         nothing = "is 0, so nothing would train; the verb collapse does without"
         check_static(f"trainer.{name}", trainer.get(name) != 0, nothing)
-    none = trainer.get("limit_val_batches") == 0
-    check_static("trainer.limit_val_batches", not none, "is 0, so that no loss would be told; give it some")
+    apart = "would put losses on unlike texts into one curve; use"
+    some = trainer.get("limit_val_batches")  # 1 is one batch, 1.0 all of them
+    whole = some is None or (isinstance(some, float) and some == 1)
+    check_static("trainer.limit_val_batches", whole, f"{apart} data.validation_max_tokens")
+    check_static("trainer.overfit_batches", not trainer.get("overfit_batches"), f"{apart} data.max_tokens")
     every = trainer.get("val_check_interval")
     check_static("trainer.val_check_interval", every is None or every != 0, "must be above 0, is 0")
     batches = trainer.get("accumulate_grad_batches", 1)

@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 
+def home(path: str | Path) -> Path:
+    """`path`, a leading ``~`` read as the user's folder; as it stands where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
 def flush_folder(folder: Path) -> None:
     """Make names in `folder` survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from laco_train.errors import InputError
+from laco_train.files import home
 
 _PACKAGE = Path(__file__).parent
 
@@ -20,7 +21,7 @@ def shipped(kind: str) -> Path:
 
 def find(kind: str, name: str) -> Path | None:
     """The file `name` as a path, under ./`kind`, or among the shipped files; None if there is none."""
-    for candidate in (Path(os.path.expanduser(name)), Path(kind) / name, shipped(kind) / name):
+    for candidate in (home(name), Path(kind) / name, shipped(kind) / name):
         if os.path.isfile(candidate):  # unlike Path.is_file, False for a name that is too long
             return candidate
     return None

@@ -97,8 +97,7 @@ class Curves(Callback):
         if self._since is None:
             self._since = (time.perf_counter(), self.tokens)
         # only here, where Lightning has logged too, is the loss read off the device
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not stepped or not logs_after(trainer, trainer.global_step):
+        if trainer.fit_loop.epoch_loop._should_accumulate() or not logs_after(trainer, trainer.global_step):
             return
         # Lightning has divided the loss by the number of accumulated batches
         values = {"train/loss": float(outputs["loss"]) * trainer.accumulate_grad_batches}

@@ -60,7 +60,7 @@ class Divergence(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Log how many steps were left out since the run began."""
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        stepped = not trainer.fit_loop.epoch_loop._should_accumulate()
         if stepped and logs_after(trainer, trainer.global_step):
             self._stop_beyond_bound(trainer, pl_module)
             pl_module.log("train/skipped_steps", float(self.total))

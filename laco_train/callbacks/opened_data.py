@@ -30,7 +30,7 @@ class CheckOpenedData(Callback):
                 raise InputError(
                     f"data.{role}", "is another text than when the run began; put it back, or start a new run"
                 )
-        every, batches = trainer.val_check_interval, pl_module.epoch_batches()
+        every, batches = getattr(trainer, "val_check_interval", None), pl_module.epoch_batches()  # none: it is a time
         if trainer.check_val_every_n_epoch is not None and isinstance(every, int) and every > batches:
             raise InputError(
                 "trainer.val_check_interval",

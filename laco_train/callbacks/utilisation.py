@@ -63,14 +63,26 @@ def trained(module: CausalLM) -> Trained:
     if frozen:  # a tied table is the head too, which gradients reach
         head = base.get_output_embeddings()
         below |= set(base.get_input_embeddings().parameters()) - set(head.parameters())
+    config = base.config.get_text_config()
+    share = _share_of_experts(config)
+    sizes = {p: p.numel() * (share if ".experts." in name else 1.0) for name, p in model.named_parameters()}
+    size_of_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Trained(
         layers=decoder.depth,
-        hidden=base.config.get_text_config().hidden_size,
-        parameters=sum(p.numel() for p in model.parameters()),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        width=config.num_attention_heads * size_of_head,
+        parameters=round(sum(sizes.values())),
+        trainable=round(sum(size for p, size in sizes.items() if p.requires_grad)),
         frozen_layers=frozen,
-        frozen_below=sum(p.numel() for p in below),
+        frozen_below=round(sum(sizes[p] for p in below)),
     )
+
+
+def _share_of_experts(config: Any) -> float:
+    """How many of a layer's experts a token takes; 1 without experts."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(config, name, None))), None)
+    taken = getattr(config, "num_experts_per_tok", None)
+    return taken / experts if experts and taken else 1.0
 
 
 def sampled_attended(data: PackedText) -> float:

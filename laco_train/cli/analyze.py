@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from laco_train.analysis.settings import SweepSettings, check_sweep
 from laco_train.checks import check_collapse, check_model
 from laco_train.cli.parsing import VerbParser, resolve_arguments, verb_parser
+from laco_train.files import home
 from laco_train.settings import CollapseSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run(args: list[str]) -> None:
 
     from laco_train.export import refuse_nonempty
 
-    output = Path(config.output).expanduser()
+    output = home(config.output)
     refuse_nonempty(output, "--output")
 
     import torch

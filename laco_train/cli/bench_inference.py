@@ -1,9 +1,8 @@
 """`bench-inference MODEL...`: speed of reading and writing, time to the first token and memory, beside the first."""
 
-from pathlib import Path
-
 from laco_train.cli.parsing import VerbParser
 from laco_train.errors import InputError
+from laco_train.files import home
 from laco_train.settings import Dtype
 
 
@@ -37,7 +36,7 @@ def run(args: list[str]) -> None:
     for name in ("prompt_tokens", "new_tokens", "turns"):
         if config[name] < 1:
             raise InputError(f"--{name.replace('_', '-')}", f"must be 1 or more, is {config[name]}")
-    output = Path(config.output).expanduser()
+    output = home(config.output)
     if output.exists() or not output.parent.is_dir():
         problem = "exists; name another file or remove it" if output.exists() else "is in no folder that exists"
         raise InputError("--output", f"{output} {problem}")

@@ -1,10 +1,10 @@
 """`collapse --recipe R --output DIR`: search and write, no training."""
 
 import copy
-from pathlib import Path
 
 from laco_train.checks import check_collapse, check_data, check_export, check_model, check_one_of, check_static
 from laco_train.cli.parsing import VerbParser, resolve_arguments, verb_parser
+from laco_train.files import home
 from laco_train.settings import CollapseSettings, DataSettings, ExportSettings, ModelSettings
 
 
@@ -32,7 +32,7 @@ def run(args: list[str]) -> None:
 
     from laco_train.export import refuse_nonempty
 
-    output = Path(config.output).expanduser()
+    output = home(config.output)
     refuse_nonempty(output, "--output")
 
     import torch

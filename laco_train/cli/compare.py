@@ -4,6 +4,7 @@ from pathlib import Path
 
 from laco_train.cli.parsing import VerbParser
 from laco_train.errors import InputError
+from laco_train.files import home
 
 
 def parser() -> VerbParser:
@@ -40,7 +41,7 @@ def run(args: list[str]) -> None:
     from laco_train.study.curves import arms_of
     from laco_train.study.read import read_runs
 
-    output = Path(config.output).expanduser()
+    output = home(config.output)
     refuse_nonempty(output, "--output")
     runs = [one for folder in config.runs for one in read_runs(Path(folder))]
 

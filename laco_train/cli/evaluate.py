@@ -1,9 +1,8 @@
 """`evaluate --model DIR --tasks T1,T2 [--baseline DIR]`: accuracies, perplexity and samples, beside a baseline."""
 
-from pathlib import Path
-
 from laco_train.cli.parsing import VerbParser
 from laco_train.errors import InputError
+from laco_train.files import home
 from laco_train.settings import Dtype
 
 
@@ -51,7 +50,7 @@ def run(args: list[str]) -> None:
 
     from laco_train.export import refuse_nonempty
 
-    output = Path(config.output).expanduser()
+    output = home(config.output)
     refuse_nonempty(output, "--output")
 
     from rich.console import Console
@@ -66,7 +65,7 @@ def run(args: list[str]) -> None:
     device = chosen_device(config.device)
     models = named_models([*([config.baseline] if config.baseline else []), *config.model])
     check_windows(config.block, config.stride)
-    prompts = PROMPTS if config.prompts is None else read_prompts(Path(config.prompts).expanduser())
+    prompts = PROMPTS if config.prompts is None else read_prompts(home(config.prompts))
     asked = prompts if config.samples else ()
     text = None if config.perplexity is None else read_text(config.perplexity)
     trusted = config.trust_remote_code

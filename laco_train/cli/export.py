@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from laco_train.checks import check_export
 from laco_train.cli.parsing import VerbParser
 from laco_train.errors import InputError
+from laco_train.files import home
 from laco_train.settings import Dtype, ExportSettings
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def run(args: list[str]) -> None:
 
     from laco_train.export.whole import refuse_nonempty
 
-    output = Path(config.output).expanduser()
+    output = home(config.output)
     refuse_nonempty(output, "--output")
 
     from laco_train.export.hub import check_push, planned_push, push
@@ -122,7 +123,7 @@ def _export(config: Any, output: Path, form: "Format | None") -> None:
     from laco_train.training.loss import base_of
 
     keep = config.adapter == "keep"
-    path = _find(Path(config.checkpoint).expanduser(), adapters=keep)
+    path = _find(home(config.checkpoint), adapters=keep)
     print(f"Reading {path}", flush=True)
     source = read_source(path, trust_remote_code=config.trust_remote_code)
     if keep and not isinstance(source.model, PeftModel):
@@ -160,7 +161,7 @@ def _find(path: Path, *, adapters: bool) -> Path:
     """
     from laco_train.cli.resume import newest_good
     from laco_train.export.source import KEY
-    from laco_train.study.read import read_runs, study_folders
+    from laco_train.study.read import read_runs, rounds_of, study_folders
     from laco_train.training.sharded import is_sharded
 
     if path.is_file() or is_sharded(path) or (path / "config.json").is_file():
@@ -173,9 +174,8 @@ def _find(path: Path, *, adapters: bool) -> Path:
     run = runs[0]
     if run.export is not None and not adapters:
         return run.export
-    # the run's own, or those of its rounds: folders end in their number
-    places = sorted(run.folder.glob("**/checkpoints"), key=lambda place: int(place.parent.name.rpartition("_")[2]))
-    last = next((found for place in reversed(places) if (found := newest_good(place))), None)
+    parts = reversed(rounds_of(run.folder) or [run.folder])
+    last = next((found for part in parts if (found := newest_good(part / "checkpoints"))), None)
     if last is None:
         raise InputError(KEY, f"{path} has no checkpoint{'' if adapters else ' and no export'}; name another run")
     return last

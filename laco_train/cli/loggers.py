@@ -1,16 +1,17 @@
 """Which loggers a run has: fit's own TensorBoardLogger, and beside it those that the recipe names."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from laco_train.files import home
+
 
 def logs_in(trainer: Mapping[str, Any]) -> Path:
     """Where runs go, by the recipe's section `trainer`; Lightning reads ``~`` as the user's folder too."""
-    return Path(os.path.expanduser(trainer.get("default_root_dir") or ".")) / "lightning_logs"
+    return home(trainer.get("default_root_dir") or ".") / "lightning_logs"
 
 
 def replaces_own(named: Any) -> bool:

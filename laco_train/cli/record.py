@@ -24,18 +24,29 @@ def take_folder(trainer: Trainer, resumes: str | None) -> None:
     Raises:
         InputError: it is another run's.
     """
-    logger = trainer.logger
-    while isinstance(logger, TensorBoardLogger) and logger._version is None:
-        taken = Path(logger.log_dir)
-        if _made(taken):
-            return
-        check_static("trainer.default_root_dir", taken.is_dir(), f"holds {taken}, which is no folder; remove it")
-        logger._version = None  # another process took the number meanwhile
-    folder = Path(str(trainer.log_dir))
+    if isinstance(trainer.logger, TensorBoardLogger) and trainer.logger._version is None:
+        make_numbered(trainer.logger)
+        return
+    if trainer.log_dir is None:  # as in a fast_dev_run
+        return
+    folder = Path(trainer.log_dir)
     within = resumes is not None and folder.resolve() in Path(resumes).resolve().parents
     if (folder / CONFIG_FILE).exists() and not within:
         raise InputError("trainer.logger", f"puts this run into {folder}, which holds another; name another place")
     _made(folder)
+    _refuse_file(folder)
+
+
+def make_numbered(logger: TensorBoardLogger) -> Path:
+    """Make the folder of `logger`, which names no version, under the first number that no other process takes."""
+    while not _made(Path(logger.log_dir)):
+        _refuse_file(Path(logger.log_dir))
+        logger._version = None
+    return Path(logger.log_dir)
+
+
+def _refuse_file(folder: Path) -> None:
+    check_static("trainer.default_root_dir", folder.is_dir(), f"holds {folder}, which is no folder; remove it")
 
 
 def _made(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import yaml
 
 from laco_train.callbacks.event_files import EVENT_FILES, cut_event_files
 from laco_train.errors import InputError
+from laco_train.files import home
 from laco_train.training.checkpoint_io import PARTIAL, fault, read_header
 
 CONFIG_FILE = "config.yaml"
@@ -77,9 +78,9 @@ def earlier_run(runs: Path, folder: str | None, say: Callable[[str], None] = pri
         InputError: `folder` is no run.
     """
     if folder is not None:
-        if not (Path(folder) / CONFIG_FILE).is_file():
+        found = home(folder).resolve()
+        if not (found / CONFIG_FILE).is_file():
             raise InputError("--run", f"{folder} is no run of fit: it has no {CONFIG_FILE}")
-        found = Path(folder).resolve()
     else:
         begun = [path.parent for path in runs.glob(f"version_*/{CONFIG_FILE}")]
         if not begun:

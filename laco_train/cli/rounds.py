@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from laco_train.checks import check_rounds, check_static
 from laco_train.cli.loggers import logger_in, logs_in
+from laco_train.cli.record import make_numbered
 from laco_train.cli.resume import (
     CONFIG_FILE,
     SUMMARY_FILE,
@@ -159,6 +160,7 @@ class RoundCLI(RecipeCLI):
         if before:
             now = {**losses_so_far(before), **{f"round {self.index + 1}, {name}": loss for name, loss in now.items()}}
         tokens, steps = (sum(record[name] for record in before) for name in ("tokens", "steps"))
+        tokens -= sum(one.get("refined_tokens", 0) for one in self.run.summaries(self.index))
         return dataclasses.replace(card, losses=now, tokens=card.tokens + tokens, steps=card.steps + steps)
 
 
@@ -215,6 +217,8 @@ class FitCLI(RecipeCLI):
         run, first = self.run, not getattr(rank_zero_only, "rank", 0)
         if first:
             print(f"Disk: {check_room(self._disk_needed(run), run.folder)}", flush=True)
+            if run.claimed is None:  # it begins
+                run.folder = make_numbered(TensorBoardLogger(run.folder.parents[1], name=self.recipe))
         for index in range(run.next(), len(run.rounds)):
             if first:
                 if index > 0:

@@ -42,6 +42,7 @@ def write_summary(
         "samples": {"prompts": list(samples.prompts), **samples.written},
         "data": trainer.datamodule.summary(),  # type: ignore[attr-defined]
         "steps": trainer.global_step,
+        "refined_tokens": plan.refinement.tokens,
         "out_of_time": out_of_time(trainer, module),
         "tokens": curves.tokens,
         "search_seconds": plan.calibration.seconds if plan.calibration else 0.0,
@@ -89,7 +90,7 @@ def print_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer, exp
     if "original" in losses and losses["collapsed"] > losses["original"] + 0.1:
         share = (losses["collapsed"] - trained) / (losses["collapsed"] - losses["original"])
         console.print(
-            f"Training on {curves.tokens:,} tokens ({trainer.global_step} steps) gave back "
+            f"Training on {curves.tokens - plan.refinement.tokens:,} tokens ({trainer.global_step} steps) gave back "
             f"{100 * share:.0f}% of the loss that the collapse cost."
         )
     console.print(f"Run: {trainer.log_dir}   curves: tensorboard --logdir {trainer.log_dir}", soft_wrap=True)

@@ -263,7 +263,7 @@ class RecipeCLI(LightningCLI):
         began_with = self.checkpoint.data if self.earlier is not None and self.checkpoint is not None else None
         opened = CheckOpenedData(began_with)
         callbacks: list[Callback] = [FreezeGarbage(), self.memory, opened, self.collapse, StopAtBudget()]
-        callbacks += [self.utilisation, EstimateDuration(self.utilisation)]
+        callbacks += [self.utilisation, EstimateDuration(self.utilisation, self.checkpoint)]
         callbacks += [ReportKernels(), self.curves, EvaluateAt(self.curves), Divergence()]
         callbacks += [self.tasks] if self.tasks.tasks else []
         callbacks += [self.samples] if self.samples.prompts else []
@@ -378,7 +378,7 @@ class RecipeCLI(LightningCLI):
             method=self.model_settings.method,
             data=self.datamodule.summary(),
             losses={**self.collapse.losses, "trained": self.curves.validation[-1][2]},
-            tokens=self.curves.tokens,
+            tokens=self.curves.tokens - self.model.refined_tokens,
             steps=self.trainer.global_step,
             licence=None,
             from_scratch=self.model_settings.from_scratch,

@@ -7,6 +7,7 @@ from pathlib import Path
 from laco_train.collapse.merge import COMPOSED
 from laco_train.collapse.plan import CollapsePlan, Parameters, Round, dropped_by, joined_lineages
 from laco_train.errors import InputError
+from laco_train.files import home
 
 _PLAN, _SUMMARY = "collapse_plan.json", "summary.json"
 
@@ -64,7 +65,7 @@ def plan_of_source(source: str, depth: int) -> CollapsePlan | None:
     Raises:
         InputError: the plan can't be read, or leaves another depth than `depth`, which the model has.
     """
-    path = Path(source).expanduser() / _PLAN
+    path = home(source) / _PLAN
     if not path.is_file():
         return None
     plan = CollapsePlan.load(path)
@@ -84,7 +85,7 @@ def from_the_first_model(plan: CollapsePlan, source: str) -> CollapsePlan:
     first = plan_of_source(source, plan.source_depth)
     if first is None:
         return plan
-    return compose(first, plan, _tokens_of_run(Path(source).expanduser().parent / _SUMMARY))
+    return compose(first, plan, _tokens_of_run(home(source).parent / _SUMMARY))
 
 
 def _tokens_of_run(summary: Path) -> int | None:

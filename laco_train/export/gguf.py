@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreT
 from laco_train.errors import InputError, TrainingStopped
 from laco_train.export.card import Packaging
 from laco_train.export.runtime_proof import PROMPTS, Ids, failed, greedy, prove_equal, prove_near, text_logits
+from laco_train.files import home
 from laco_train.models.checks import UNREADABLE
 
 GgufType = Literal["f16", "q8_0"]
@@ -96,7 +97,7 @@ def find_converter(root: str | None) -> Path:
     if root is None:
         clone = "git clone --depth 1 https://github.com/ggml-org/llama.cpp"
         raise InputError("--llama-cpp", f"gguf needs llama.cpp's converter: `{clone}`, and name that folder here")
-    place = Path(root).expanduser()
+    place = home(root)
     for folder in (place, place / "vendor" / "llama.cpp"):
         if (folder / CONVERTER).is_file():
             return (folder / CONVERTER).resolve()

@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download, metadata_load
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
 
 from laco_train.errors import InputError
+from laco_train.files import home
 from laco_train.models.sources import PACKAGE_PREFIX, package_file
 
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
@@ -65,7 +66,7 @@ class Licence:
 def licence_of(source: str) -> Licence | None:
     """Licence of what ``model.source`` names: from its model card, or from its GGUF file; None if neither tells."""
     try:
-        path = package_file(source) if source.startswith(PACKAGE_PREFIX) else Path(source).expanduser()
+        path = package_file(source) if source.startswith(PACKAGE_PREFIX) else home(source)
         if path.is_file():
             return _read_gguf(path)
         card = path / "README.md" if path.is_dir() else Path(hf_hub_download(source, "README.md"))

@@ -12,6 +12,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from laco_train.errors import InputError
 from laco_train.evaluation.record import Accuracy
+from laco_train.files import home
 
 KEY = "--evaluation"
 _NAMED = re.compile(r"(?P<name>[^=]+)=(?P<file>.+)")
@@ -71,9 +72,9 @@ def read_evaluations(files: Sequence[str], layers: int, parameters: int) -> tupl
     """
     found: list[Evaluated] = []
     for named in files:
-        match = None if Path(named).expanduser().exists() else _NAMED.fullmatch(named)
+        match = None if home(named).exists() else _NAMED.fullmatch(named)
         name, file = (None, named) if match is None else (match["name"], match["file"])
-        values = _read(Path(file).expanduser())
+        values = _read(home(file))
         try:
             found += _of_file(values, file, name, layers, parameters)
         except (KeyError, TypeError, AttributeError) as error:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from laco_train.errors import InputError, TrainingStopped
-from laco_train.files import flush_folder
+from laco_train.files import flush_folder, home
 from laco_train.manifest import write_manifest
 
 
 def refuse_nonempty(output: Path, key: str) -> None:
     """InputError, naming `key`, unless a folder can be made at `output` without touching what is there."""
-    target = output.expanduser().resolve()
+    target = home(output).resolve()
     if target.is_mount():
         raise InputError(key, f"{output} is a mount point, which can't be renamed to; name a folder inside it")
     if target.is_dir() and any(target.iterdir()):
@@ -37,7 +37,7 @@ def appearing_whole(output: Path, export: dict[str, Any]) -> Iterator[Path]:
     Raises:
         TrainingStopped: the manifest can't be written, or the folder not be renamed.
     """
-    target = output.expanduser().resolve()
+    target = home(output).resolve()
     aside = target.with_name(f"{target.name}.partial-{os.getpid()}")
     if aside.exists():  # left by a dead run that had the same process id
         shutil.rmtree(aside)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, GgufConfig
 
 from laco_train.errors import InputError
+from laco_train.files import home
 from laco_train.models.checks import SOURCE, read_weights, reading
 
 
@@ -19,7 +20,7 @@ def cache_root() -> Path:
     """Where laco_train keeps what it can make again: $LACO_TRAIN_CACHE, or laco_train in the user's cache folder."""
     own = os.environ.get("LACO_TRAIN_CACHE")
     if own:
-        return Path(own).expanduser()
+        return home(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "laco_train"
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from laco_train.errors import InputError
+from laco_train.files import home
 from laco_train.models.checks import INDEX, SOURCE, check_index, check_model_folder, pickled_only
 from laco_train.models.gguf import converted
 
@@ -32,7 +33,7 @@ def resolve_folder(source: str) -> Path | str:
     Raises:
         InputError: nothing of that name, a hub model that is gated or out of reach, a GGUF file that can't be read.
     """
-    path = Path(source).expanduser()
+    path = home(source)
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         check_model_folder(path, source)
         return path

@@ -138,24 +138,20 @@ class Arm:
 
 
 def joined(segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """`segments` as one curve: each goes on where the last ended, in tokens, seconds and FLOPs.
+    """`segments`, each of which counts from its own start, as one curve, in tokens, seconds and FLOPs.
 
-    A segment that counts from its own start is shifted; one that counts over all rounds already is left as it is.
-    FLOPs are made here, since each segment has its own cost of a token. What one segment does not know ends with it.
+    FLOPs are made here, since each segment has its own cost of a token; one of refinement counts like one of training.
+    What one segment does not know ends with it.
     """
     done: list[Segment] = []
     last = Point(0, 0.0, 0.0, 0.0)
     for segment in segments:
-        start, cost = segment.points[0], segment.flops_per_token
-        later = last.tokens if start.tokens < last.tokens else 0
-        longer = last.seconds
-        if longer is not None and start.seconds is not None and start.seconds >= longer:
-            longer = 0.0
+        cost = segment.flops_per_token
         points = []
         for p in segment.points:
-            seconds = None if longer is None or p.seconds is None else p.seconds + longer
-            flops = None if last.flops is None or cost is None else last.flops + (p.tokens - start.tokens) * cost
-            points.append(Point(p.tokens + later, p.loss, seconds, flops))
+            seconds = None if last.seconds is None or p.seconds is None else last.seconds + p.seconds
+            flops = None if last.flops is None or cost is None else last.flops + p.tokens * cost
+            points.append(Point(last.tokens + p.tokens, p.loss, seconds, flops))
         done.append(replace(segment, points=tuple(points)))
         last = points[-1]
     return tuple(done)

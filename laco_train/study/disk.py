@@ -27,7 +27,7 @@ class RunSize:
 
     Attributes:
         checkpoint: one of them; 0: none is written.
-        stays: its checkpoints and its adapter, at its end.
+        stays: its checkpoints, its adapter and the weights that were fitted before training, at its end.
         export: the exported model.
     """
 
@@ -52,6 +52,8 @@ def run_size(
     lm = skeleton(model.source, dtype=dtype, trust_remote_code=model.trust_remote_code)
     decoder = decoder_of(lm)
     keep_layers(decoder, _left(decoder, collapse))
+    whole = count_parameters(lm) * dtype.itemsize
+    whole_layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder.stack) * dtype.itemsize
     exported = count_parameters(lm) * (dtype if export.dtype == "auto" else named_dtype(export.dtype)).itemsize
     trained: nn.Module = lm
     if model.method == "lora":
@@ -62,9 +64,10 @@ def run_size(
     o = model.optimizer
     states = optimizer_bytes(trained, eight_bit=o.eight_bit, exact=o.small_updates == "float32")
     adapter = weights if model.method == "lora" and export.enabled else 0
+    fitted = whole if collapse.refine.tokens else whole_layer if collapse.strategy == "streamline" else 0
     return RunSize(
         checkpoint=weights + states if kept else 0,
-        stays=kept * (weights + states) + adapter,
+        stays=kept * (weights + states) + adapter + fitted,
         export=exported if export.enabled else 0,
     )
 

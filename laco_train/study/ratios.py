@@ -31,7 +31,8 @@ def _before(run: Run) -> float:
 
 
 def _after(run: Run) -> float | None:
-    return run.points[-1].loss if run.points[-1].tokens else None
+    trained = run.points[-1].tokens > run.points[0].tokens  # refinement is no training
+    return run.points[-1].loss if trained else None
 
 
 QUANTITIES = (Quantity("before", "before training", _before), Quantity("after", "after training", _after))

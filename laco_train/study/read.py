@@ -24,7 +24,7 @@ def read_runs(folder: Path) -> list[Run]:
     Raises:
         InputError: `folder` is none of these, or a file in it can't be read.
     """
-    rounds = _rounds(folder)
+    rounds = rounds_of(folder)
     if rounds or (folder / _SUMMARY).is_file():
         return [_read_run(folder, rounds or [folder])]
     if (folder / "config.json").is_file():
@@ -55,12 +55,13 @@ def is_finished(version: Path) -> bool:
 
 def _unfinished(folder: Path) -> list[Path]:
     """Rounds of a run, or the run itself, without a summary: one that stopped between rounds has all that began."""
-    rounds = _rounds(folder)
+    rounds = rounds_of(folder)
     whole = [folder] if not rounds or (folder / _CONFIG).is_file() else []
     return [part for part in (*rounds, *whole) if not (part / _SUMMARY).is_file()]
 
 
-def _rounds(folder: Path) -> list[Path]:
+def rounds_of(folder: Path) -> list[Path]:
+    """Folders of the rounds that the run in `folder` has begun, in order; none if it has no rounds."""
     found = [path for path in folder.glob("round_*") if path.name.removeprefix("round_").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("round_")))
 

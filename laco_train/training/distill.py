@@ -141,9 +141,10 @@ class Distillation:
         lesson: Lesson = self.teacher(batch)
         logits, states = outputs(student, batch, hidden=s.hidden > 0)
         prediction, parts = self._prediction(logits, batch, lesson)
+        counted = next_tokens(batch).flatten() != _IGNORED
         hidden = torch.stack(
             [
-                sum_in_slices(state, _error_against(target), (1.0,))[0] / len(state)
+                sum_in_slices(state, _error_against(target, counted), (1.0,))[0] / counted.sum().clamp(min=1)
                 for state, target in zip(states, lesson.hidden, strict=True)
             ]
             or [logits.new_zeros((), dtype=torch.float32)]
@@ -167,8 +168,8 @@ class Distillation:
         return total / count, parts / count
 
 
-def _error_against(target: Tensor) -> Terms:
-    return lambda part, rows: hidden_error(part, target[rows]).sum()[None]
+def _error_against(target: Tensor, counted: Tensor) -> Terms:
+    return lambda part, rows: (hidden_error(part, target[rows]) * counted[rows]).sum()[None]
 
 
 def sum_in_slices(vectors: Tensor, terms: Terms, weights: tuple[float, ...]) -> tuple[Tensor, Tensor]:

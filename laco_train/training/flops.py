@@ -19,15 +19,15 @@ class Trained:
     """What of a model trains.
 
     Attributes:
-        layers, hidden: decoder layers and their width.
-        parameters: N: all parameters, embeddings and head included, tied ones once.
+        layers, width: decoder layers, and what their attention is wide: its query heads times the size of one.
+        parameters: N: all parameters, embeddings and head included, tied ones once; of experts those a token takes.
         trainable: those that train.
         frozen_layers: decoder layers below the lowest one that trains, which no gradient reaches.
         frozen_below: parameters of those layers, and of the embeddings.
     """
 
     layers: int
-    hidden: int
+    width: int
     parameters: int
     trainable: int
     frozen_layers: int = 0
@@ -60,4 +60,4 @@ def flops_per_token(model: Trained, attended: float) -> float:
     """
     reached = model.parameters - model.frozen_below
     attention = 2 * model.layers + 4 * (model.layers - model.frozen_layers)
-    return 2 * model.parameters + 2 * reached + 2 * model.trainable + attention * model.hidden * attended
+    return 2 * model.parameters + 2 * reached + 2 * model.trainable + attention * model.width * attended

@@ -121,5 +121,5 @@ _LAST_RESORT = "a smaller model, or a device with more memory"
 
 
 def _least_factor(number: int) -> int:
-    """Smallest divisor above 1, by which a batch is cut so that accumulation makes up for it exactly."""
+    """Smallest divisor above 1, by which a batch is cut so that accumulation makes up for it, of text exactly."""
     return next(factor for factor in range(2, number + 1) if number % factor == 0)

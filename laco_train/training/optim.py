@@ -16,11 +16,12 @@ from laco_train.training.bf16_adamw import BF16AdamW
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices decay, vectors (norms, biases) don't."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    """Trainable parameters in two groups: matrices decay, norms and biases (those of experts are stacked) don't."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decays = {name: p.ndim >= 2 and not name.endswith("bias") for name, p in trainable.items()}
     return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable.items() if decays[name]], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable.items() if not decays[name]], "weight_decay": 0.0},
     ]
 
 

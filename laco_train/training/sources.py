@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from laco_train.errors import InputError
+from laco_train.files import home
 from laco_train.recipes import find, shipped
 
 DOCUMENT_CHARACTERS = 100_000
@@ -156,7 +157,7 @@ def _resolve_one(key: str, name: str) -> list[Source]:
             raise InputError(key, f"{path} is none of {', '.join(_SUFFIXES)}; convert it to one of them")
     if found:
         return [TextFile(key, path) for path in found]
-    if os.path.isdir(Path(name).expanduser()):
+    if os.path.isdir(home(name)):
         raise InputError(key, f"{name!r} is a folder; name its files, such as '{name.rstrip('/')}/*.jsonl'")
     if name.endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(name):
         raise InputError(key, f"no file matches {name!r}, neither here, nor under ./data, nor shipped; check the path")
@@ -168,7 +169,7 @@ def _matches(pattern: str) -> list[Path]:
     """Files that a glob matches in the first place that has any, sorted."""
     if not glob.has_magic(pattern):
         return []
-    for place in (Path(pattern).expanduser(), Path("data") / pattern, shipped("data") / pattern):
+    for place in (home(pattern), Path("data") / pattern, shipped("data") / pattern):
         files = sorted(p for p in map(Path, glob.glob(str(place), recursive=True)) if p.is_file())
         if files:
             return files

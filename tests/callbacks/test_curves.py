@@ -291,3 +291,13 @@ def test_removal_by_hand_needs_no_figure(project: Project) -> None:
     assert "collapse/similarity" not in seen.Tags()["images"]
     (text,) = seen.Tensors("collapse/plan/text_summary")
     assert "removed without a merge: 3" in text.tensor_proto.string_val[0].decode()
+
+
+def test_the_last_step_of_an_epoch_may_be_shorter(shared_project: Project) -> None:
+    """Four batches of 64 tokens, then the one that is left over; all of them count."""
+    epochs = ["--trainer.max_steps=-1", "--trainer.max_epochs=2", "--trainer.limit_train_batches=5"]
+    run = shared_project.fit(*epochs, "--trainer.accumulate_grad_batches=4", "--export.enabled=false")
+    found = events(run.folder)
+    assert scalars(found, "train/tokens") == [(0, 256), (1, 320), (2, 576), (3, 640)]
+    assert [step for step, _ in scalars(found, "by_tokens/train/loss")] == [256, 320, 576, 640]
+    assert [step for step, _ in scalars(found, "train/skipped_steps")] == [0, 1, 2, 3]

@@ -60,6 +60,9 @@ def test_its_tokens_come_off_the_budget(shared_project: Project) -> None:
     assert points == [(0, 2560), (5, 2880), (10, 3200)]
     seconds = [point["seconds"] for point in run.summary()["validation"]]
     assert 0 < seconds[0] < seconds[1]
+    card = (run.folder / "export" / "README.md").read_text(encoding="utf-8")
+    assert "640 tokens in 10 optimizer steps" in card  # those of refinement were no steps
+    assert run.summary()["refined_tokens"] == 2560
 
 
 def points_of(run: Run) -> list[tuple[int, int]]:

@@ -1,5 +1,7 @@
 """Whose a run's folder is, where it lies, and what is refused before anything is written to one."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,10 @@ def test_a_folder_that_holds_a_run_is_no_place_for_another(project: Project) -> 
     (checkpoint,) = project.root.glob("out/checkpoints/*.ckpt")
     on = project("fit", "--recipe", "tiny.yaml", *here, "--ckpt_path", str(checkpoint), "--export.enabled", "false")
     assert on.code == 0, on.err
+    shutil.rmtree(project.root / "out" / "export")
+    exported = project("export", "--checkpoint", "out", "--output", "exported")
+    assert exported.code == 0, exported.err
+    assert "step=6.ckpt" in exported.out
 
 
 def test_the_users_folder(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +106,15 @@ def test_a_run_that_time_ended(project: Project) -> None:
     assert again.code == 0
     (checkpoint,) = project.root.glob("lightning_logs/tiny/version_0/checkpoints/*.ckpt")
     said = again.out.splitlines()[-1]
+    further = project(
+        "fit", "--recipe", "tiny.yaml", *limits, "--trainer.max_time", "00:00:00:03", "--ckpt_path", str(checkpoint)
+    )
+    assert further.code == 0, further.err
+    steps = [
+        json.loads(path.read_text())["steps"]
+        for path in sorted(project.root.glob("lightning_logs/tiny/*/summary.json"))
+    ]
+    assert len(steps) == 2 and steps[0] < steps[1]
     assert "trainer.max_time ended it after step" in said and said.endswith(
         f"--ckpt_path {checkpoint.relative_to(project.root)}."
     )
@@ -111,7 +126,10 @@ def test_a_run_that_time_ended(project: Project) -> None:
         ("max_steps", "0", "nothing would train"),
         ("max_epochs", "0", "nothing would train"),
         ("limit_train_batches", "0", "nothing would train"),
-        ("limit_val_batches", "0", "no loss would be told"),
+        ("limit_val_batches", "0", "unlike texts"),
+        ("limit_val_batches", "1", "unlike texts"),
+        ("limit_val_batches", "0.5", "unlike texts"),
+        ("overfit_batches", "2", "unlike texts"),
         ("val_check_interval", "0", "must be above 0"),
         ("accumulate_grad_batches", "0", "must be 1 or more"),
     ],
@@ -150,12 +168,25 @@ def test_validate_takes_one_model(project: Project) -> None:
     refused(project("validate", "--recipe", "tiny.yaml", *rounds), "rounds", "make several models")
 
 
-def test_a_root_that_is_no_folder(project: Project) -> None:
+@pytest.mark.parametrize(("logger", "problem"), [("true", "can't be made"), ("false", "which is no folder")])
+def test_a_root_that_is_no_folder(project: Project, logger: str, problem: str) -> None:
     (project.root / "file").write_text("")
     before = project.files()
-    result = project("fit", "--recipe", "tiny.yaml", "--trainer.default_root_dir", "file")
-    refused(result, "trainer.default_root_dir", "can't be made")
+    result = project("fit", "--recipe", "tiny.yaml", "--trainer.default_root_dir", "file", f"--trainer.logger={logger}")
+    refused(result, "trainer.default_root_dir", problem)
     assert project.files() == before
+
+
+def test_one_step_as_a_trial_leaves_nothing(project: Project) -> None:
+    before = set(project.files())
+    result = project("fit", "--recipe", "tiny.yaml", "--trainer.fast_dev_run", "true")
+    assert result.code == 0, result.err
+    assert set(project.files()) == before and not (project.root / "None").exists()
+
+
+def test_validation_by_time(project: Project) -> None:
+    result = project("fit", "--recipe", "tiny.yaml", "--trainer.val_check_interval", "00:00:10:00")
+    assert result.code == 0, result.err
 
 
 def test_a_prompt_longer_than_the_positions_is_told_before_training(project: Project) -> None:

@@ -1,6 +1,7 @@
 """Studies over pruning ratios: which runs they are, and what they measure."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from laco_train.settings import ModelSettings
 from laco_train.study.depths import depth_at, depths_at
 from laco_train.study.journal import STUDY_FILE
 from laco_train.study.outcome import print_outcome
+from laco_train.study.ratios import QUANTITIES
 from laco_train.study.read import read_runs
 from laco_train.study.settings import StudySettings
 from laco_train.study.tasks import tasks
 from tests.cli.runs import Project
+from tests.study.fake_runs import summary as summary_of
+from tests.study.fake_runs import write_run
 from tests.study.studies import SHARED, Outcome, study_of, write_recipe
 from tests.study.test_run import refuse, refused
 
@@ -138,3 +142,13 @@ def test_bad_input_is_one_line(shared_project: Project, changes: dict[str, Any],
 def test_a_ratio_of_no_layer_left_is_told_by_the_largest_there_is() -> None:
     with pytest.raises(InputError, match=r"0\.5 leaves no layer; all but one are 0\.30"):
         depth_at(0.5, 1000, 100, 4)
+
+
+def test_refinement_alone_is_no_training(tmp_path: Path) -> None:
+    """The curve of such a run has one point, at the tokens that refinement read."""
+    before, after = QUANTITIES
+    (refined,) = read_runs(write_run(tmp_path / "refined/version_0", summary_of([(4, 5.0)])))
+    assert refined.points[0].tokens > 0
+    assert (before.of(refined), after.of(refined)) == (5.0, None)
+    (trained,) = read_runs(write_run(tmp_path / "trained/version_0", summary_of([(4, 5.0), (6, 4.0)])))
+    assert (before.of(trained), after.of(trained)) == (5.0, 4.0)

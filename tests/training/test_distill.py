@@ -159,7 +159,7 @@ def slowly(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float)
 def slow_hidden(student: list[Tensor], teacher: list[Tensor]) -> float:
     errors = []
     for one, other in zip(student, teacher, strict=True):
-        for s, t in zip(one.double().flatten(0, 1), other.double().flatten(0, 1), strict=True):
+        for s, t in zip(one.double(), other.double(), strict=True):
             errors.append(float((s - t) @ (s - t) / (t @ t)))
     return math.fsum(errors) / len(errors)
 
@@ -174,7 +174,9 @@ def test_loss_is_that_of_the_slow_version(tiny_llama: Models, batch: Batch, temp
         one = student(**inputs, use_cache=False, output_hidden_states=True)
         other = original(**inputs, use_cache=False, output_hidden_states=True)
     entropy, apart = slowly(one.logits, other.logits, batch["labels"], temperature)
-    hidden = slow_hidden(list(one.hidden_states[1:]), [other.hidden_states[2], other.hidden_states[4]])
+    counted = next_tokens(batch) != -100
+    states = [other.hidden_states[2], other.hidden_states[4]]
+    hidden = slow_hidden([s[counted] for s in one.hidden_states[1:]], [s[counted] for s in states])
     assert loss.next_token.item() == pytest.approx(entropy, rel=1e-5)
     assert loss.logits.item() == pytest.approx(apart, rel=1e-5)
     assert loss.hidden.item() == pytest.approx(hidden, rel=1e-5)
@@ -191,7 +193,9 @@ def plainly(student: LlamaForCausalLM, original: LlamaForCausalLM, batch: Batch,
     entropy = cross_entropy(logits[kept], labels[kept])
     p, q = ((z[kept] / temperature).log_softmax(-1) for z in (target, logits))
     apart = temperature**2 * kl_div(q, p, log_target=True, reduction="batchmean")
-    hidden = torch.stack([hidden_error(own[0], states[1]), hidden_error(own[1], states[3])]).mean()
+    hidden = torch.stack(
+        [hidden_error(own[0][kept], states[1][kept]), hidden_error(own[1][kept], states[3][kept])]
+    ).mean()
     return 0.7 * entropy + 0.3 * apart + 0.7 * hidden
 
 

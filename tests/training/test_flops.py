@@ -14,6 +14,7 @@ from laco_train.settings import LoraSettings, ModelSettings
 from laco_train.training.flops import Trained, flops_per_token, mean_attended
 from laco_train.training.matmul import arithmetic_dtype, matmul_rate
 from laco_train.training.module import CausalLM
+from tests.collapse.tiny import tiny
 
 
 @pytest.mark.parametrize(
@@ -38,12 +39,12 @@ def test_mean_attended_of_long_blocks_does_not_overflow() -> None:
     ("model", "expected"),
     [
         # 6 * 1000 + 6 * 4 * 8 * 10
-        (Trained(layers=4, hidden=8, parameters=1000, trainable=1000), 6000 + 1920),
+        (Trained(layers=4, width=8, parameters=1000, trainable=1000), 6000 + 1920),
         # LoRA: 4 * 1000 + 2 * 50 + 6 * 4 * 8 * 10
-        (Trained(layers=4, hidden=8, parameters=1000, trainable=50), 4000 + 100 + 1920),
+        (Trained(layers=4, width=8, parameters=1000, trainable=50), 4000 + 100 + 1920),
         # the upper of four layers: 2 * 1000 + 2 * 300 + 2 * 300 + (2 * 4 + 4 * 1) * 8 * 10
         (
-            Trained(layers=4, hidden=8, parameters=1000, trainable=300, frozen_layers=3, frozen_below=700),
+            Trained(layers=4, width=8, parameters=1000, trainable=300, frozen_layers=3, frozen_below=700),
             2000 + 600 + 600 + 960,
         ),
     ],
@@ -72,7 +73,7 @@ TABLE = 320 * 32
 
 def test_what_trains_of_a_whole_model(module: Callable[..., CausalLM]) -> None:
     whole = 3 * LAYER + 2 * TABLE + 32
-    assert trained(module()) == Trained(layers=3, hidden=32, parameters=whole, trainable=whole)
+    assert trained(module()) == Trained(layers=3, width=32, parameters=whole, trainable=whole)
 
 
 def test_tied_embeddings_count_once(module: Callable[..., CausalLM]) -> None:
@@ -88,7 +89,7 @@ def test_what_trains_with_lora(module: Callable[..., CausalLM]) -> None:
 def test_what_trains_of_the_last_layer(module: Callable[..., CausalLM]) -> None:
     assert trained(module(method="last_layers", last_layers=1)) == Trained(
         layers=3,
-        hidden=32,
+        width=32,
         parameters=3 * LAYER + 2 * TABLE + 32,
         trainable=LAYER + TABLE + 32,
         frozen_layers=2,
@@ -99,6 +100,27 @@ def test_what_trains_of_the_last_layer(module: Callable[..., CausalLM]) -> None:
 def test_a_tied_head_is_reached(module: Callable[..., CausalLM]) -> None:
     seen = trained(module(tied=True, method="last_layers", last_layers=1))
     assert (seen.frozen_layers, seen.frozen_below, seen.trainable) == (2, 2 * LAYER, LAYER + TABLE + 32)
+
+
+def of(model: Any) -> Trained:
+    """`trained` of a module that holds `model`."""
+    made = CausalLM(ModelSettings(source="none"), FLOAT32)
+    made.model = model
+    return trained(made)
+
+
+def test_heads_may_be_wider_than_the_model() -> None:
+    assert of(tiny("qwen3", head_dim=32)).width == 4 * 32
+    assert of(tiny("gpt2")).width == 32
+
+
+@pytest.mark.parametrize(("kind", "taken", "there"), [("mixtral", 2, 4), ("gpt_oss", 2, 4), ("qwen3_moe", 2, 4)])
+def test_experts_count_as_far_as_a_token_takes_them(kind: str, taken: int, there: int) -> None:
+    model = tiny(kind)
+    held = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    whole = sum(p.numel() for p in model.parameters())
+    assert held > 0
+    assert of(model).parameters == of(model).trainable == whole - held + held * taken // there
 
 
 @pytest.mark.parametrize("trained_layers", [1, 2, 3])

@@ -17,6 +17,7 @@ from laco_train.training.bf16_adamw import BF16AdamW
 from laco_train.training.optim import adamw, learning_rate_factor, parameter_groups, warmup_cosine
 from tests.cli.conftest import project
 from tests.cli.runs import KEEP_ALL, Project, same_bytes
+from tests.collapse.tiny import tiny
 
 __all__ = ["project"]
 
@@ -31,6 +32,13 @@ def test_norms_and_biases_do_not_decay(tiny_llama: Callable[..., LlamaForCausalL
     assert any(name.endswith("bias") for name in kept)
     assert decaying == set(names.values()) - kept
     assert [group["weight_decay"] for group in parameter_groups(model, 0.1)] == [0.1, 0.0]
+
+
+def test_stacked_biases_of_experts_do_not_decay() -> None:
+    model = tiny("gpt_oss")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kept = {names[id(p)] for p in parameter_groups(model, 0.1)[1]["params"]}
+    assert {name for name in names.values() if name.endswith("bias")} <= kept
 
 
 def test_decay_shrinks_matrices_alone() -> None:
