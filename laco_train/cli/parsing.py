@@ -74,10 +74,13 @@ def _key_and_problem(message: str) -> tuple[str, str]:
 def resolve_arguments(args: list[str]) -> tuple[list[str], str | None]:
     """Put the path of a recipe in place of its name, and ask for comments where a recipe is to be printed.
 
+    Recipes come first, wherever they stood: the parser lets a recipe undo what stands before it.
+
     Returns:
         The arguments, and the name of the last recipe without its suffix, or None without one.
     """
-    resolved: list[str] = []
+    recipes: list[str] = []
+    others: list[str] = []
     name: str | None = None
     rest = iter(args)
     for argument in rest:
@@ -89,12 +92,12 @@ def resolve_arguments(args: list[str]) -> tuple[list[str], str | None]:
             path = find_recipe(value)
             check_recipe(path)
             name = path.stem
-            resolved += ["--recipe", str(path)]
+            recipes += ["--recipe", str(path)]
         elif argument == "--print_config":
-            resolved.append("--print_config=comments")
+            others.append("--print_config=comments")
         else:
-            resolved.append(argument)
-    return resolved, name
+            others.append(argument)
+    return [*recipes, *others], name
 
 
 def verb_parser(verb: str, description: str, sections: Mapping[str, type]) -> VerbParser:

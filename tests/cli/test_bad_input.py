@@ -50,7 +50,7 @@ TRAINER = {  # Lightning itself refuses these, and names the option inside the l
     "strategy": "nonsense",
     "devices": "0",
     "gradient_clip_algorithm": "median",
-    "limit_val_batches": "2.5",
+    "limit_train_batches": "2.5",
     "max_time": "soon",
 }
 

@@ -217,3 +217,14 @@ def test_remote_code_is_off_unless_asked_for() -> None:
     for path in shipped("recipes").glob("*.yaml"):
         trusted = yaml.safe_load(path.read_text(encoding="utf-8"))["model"].get("trust_remote_code", False)
         assert not trusted or "baichuan" in path.name
+
+
+@pytest.mark.parametrize("recipe", [["--recipe", "tiny.yaml"], ["--recipe=tiny.yaml"], ["-r", "tiny.yaml"]])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_option_wins_over_the_recipe_wherever_it_stands(project: Project, recipe: list[str], first: bool) -> None:
+    option = ["--model.source", "another", "--collapse.min_interval=3"]
+    for verb in ("fit", "validate", "collapse", "analyze", "study"):
+        result = project(verb, *(option + recipe if first else recipe + option), "--print_config")
+        assert result.code == 0, result.err
+        values = yaml.safe_load(result.out)
+        assert (values["model"]["source"], values["collapse"]["min_interval"]) == ("another", 3)
