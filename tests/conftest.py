@@ -53,6 +53,16 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["LACO_TRAIN_CACHE"] = before
 
 
+@pytest.fixture(scope="module")
+def modules_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Remote code is copied to a folder of this session."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        patch.syspath_prepend(folder)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny models run fastest on one thread, and sums keep one order."""

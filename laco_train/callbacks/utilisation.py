@@ -66,15 +66,20 @@ def trained(module: CausalLM) -> Trained:
     config = base.config.get_text_config()
     share = _share_of_experts(config)
     sizes = {p: p.numel() * (share if ".experts." in name else 1.0) for name, p in model.named_parameters()}
-    size_of_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Trained(
         layers=decoder.depth,
-        width=config.num_attention_heads * size_of_head,
+        width=_width_of_attention(config),
         parameters=round(sum(sizes.values())),
         trainable=round(sum(size for p, size in sizes.items() if p.requires_grad)),
         frozen_layers=frozen,
         frozen_below=round(sum(sizes[p] for p in below)),
     )
+
+
+def _width_of_attention(config: Any) -> int:
+    """Query heads times the size of one; the model's width where the config does not tell heads as one number."""
+    heads, size = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
+    return heads * size if isinstance(heads, int) and isinstance(size, int) else config.hidden_size
 
 
 def _share_of_experts(config: Any) -> float:

@@ -13,11 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from laco_train.collapse import count_parameters
 from laco_train.errors import InputError
 from laco_train.evaluation.harness import TaskRow, evaluate, require_harness
-from laco_train.evaluation.options import keys_of_options
 from laco_train.evaluation.perplexity import Perplexity, check_windows, measure_perplexity
 from laco_train.evaluation.result import Evaluation, ModelResult
 from laco_train.evaluation.samples import check_prompts, continuations
 from laco_train.models import load_config, load_model, load_tokenizer
+from laco_train.options import keys_of_options
 from laco_train.precision import named_dtype
 from laco_train.progress import bar
 from laco_train.settings import Dtype

@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from laco_train.collapse import CollapsePlan
 from laco_train.collapse.composition import from_the_first_model
 from laco_train.errors import InputError
-from laco_train.evaluation.options import keys_of_options
 from laco_train.export.card import CardFacts
 from laco_train.export.measured import of_run
 from laco_train.export.proof import PLAN_FILE
 from laco_train.manifest import MANIFEST, read_manifest
 from laco_train.models import load_config, load_model, load_tokenizer
+from laco_train.options import keys_of_options
 from laco_train.training.checkpoint import read_checkpoint, restore
 
 KEY = "--checkpoint"

@@ -8,12 +8,12 @@ import torch
 import transformers
 
 from laco_train.errors import InputError
-from laco_train.evaluation.options import keys_of_options
 from laco_train.evaluation.run import Named
 from laco_train.inference.load import load_as_saved
 from laco_train.inference.measure import Measured, Workload, in_words, measure, memory_in_words
 from laco_train.inference.result import Bench
 from laco_train.models import load_config
+from laco_train.options import keys_of_options
 from laco_train.progress import bar
 from laco_train.settings import Dtype
 

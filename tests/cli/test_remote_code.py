@@ -1,7 +1,6 @@
 """Models whose code comes with their weights, in verbs without a recipe: an option says that it may run."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,7 @@ TRUST = "--trust-remote-code"
 BENCH = ["bench-inference", "--batch-sizes", "1", "--prompt-tokens", "8", "--new-tokens", "2", "--turns", "1"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def modules_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Remote code is copied to a folder of this session."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-        patch.syspath_prepend(folder)
-        yield
+pytestmark = pytest.mark.usefixtures("modules_folder")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,7 @@ KINDS = [family.model_type for family in FAMILIES]
 SUMMING = [rule for rule in RULES if rule != "drop"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def modules_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Remote code is copied to a folder of this session."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-        patch.syspath_prepend(folder)
-        yield
+pytestmark = pytest.mark.usefixtures("modules_folder")
 
 
 def holds_experts(model: PreTrainedModel) -> bool:

@@ -8,7 +8,14 @@ import pytest
 from torch import Tensor
 
 from laco_train.errors import InputError
-from laco_train.settings import CollapseSettings, ExportSettings, LoraSettings, ModelSettings, OptimizerSettings
+from laco_train.settings import (
+    CollapseSettings,
+    ExportSettings,
+    LoraSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RefineSettings,
+)
 from laco_train.study.disk import RunSize, check_room, needed, run_size
 from tests.cli.runs import Project
 from tests.study.studies import ready, study_of, write_recipe
@@ -46,6 +53,23 @@ def test_a_run_writes_what_was_said(shared_project: Project, monkeypatch: pytest
     stored = {kind: sum(path.stat().st_size for path in found) for kind, found in files.items()}
     assert size.export == pytest.approx(stored["export"], abs=8_192)  # of headers
     assert size.stays - size.checkpoint == pytest.approx(stored["adapter"], abs=8_192)
+
+
+@pytest.mark.parametrize("strategy", ["angular", "streamline"])
+@pytest.mark.parametrize("tokens", [0, 128])
+def test_what_is_fitted_before_training_stays_too(
+    shared_project: Project, monkeypatch: pytest.MonkeyPatch, strategy: str, tokens: int
+) -> None:
+    """A whole model after refinement, a layer of streamline's without."""
+    collapse = {"strategy": strategy, "target_depth": 4, "similarity_threshold": "null"}
+    options = [f"--collapse.{key}={value}" for key, value in collapse.items()]
+    refine = [f"--collapse.refine.tokens={tokens}", "--collapse.refine.batch_size=2"]
+    run = shared_project.fit(*options, *refine, "--export.enabled=false", "--trainer.max_steps=1")
+    monkeypatch.chdir(shared_project.root)
+    asked = CollapseSettings(strategy=strategy, target_depth=4, refine=RefineSettings(tokens=tokens))
+    size = run_size(METHODS["full"], asked, ExportSettings(enabled=False), "32-true", kept=1)
+    stored = sum(path.stat().st_size for path in run.folder.glob("refined-*.safetensors"))
+    assert size.stays - size.checkpoint == pytest.approx(stored, abs=8_192)
 
 
 def test_each_run_stays_and_one_checkpoint_is_being_written(tmp_path: Path) -> None:
