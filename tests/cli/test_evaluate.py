@@ -49,6 +49,13 @@ def test_perplexity_and_samples_need_no_harness(shared_project: Project, collaps
     assert "bits per byte" in result.out and str(Path("text/report.md")) in result.out
 
 
+def test_an_empty_baseline_is_none(shared_project: Project, collapsed: str) -> None:
+    text = ["--perplexity", "validation.jsonl", "--block", "32", "--stride", "32", "--samples", "false"]
+    result = shared_project("evaluate", "--model", collapsed, "--baseline", "", *text, "--output", "alone")
+    assert result.code == 0, result.err
+    assert json.loads((shared_project.root / "alone/evaluation.json").read_text())["baseline"] is None
+
+
 def test_tasks_beside_the_baseline(shared_project: Project, collapsed: str, mini_suite: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra evaluation")
     suite = ["--suite", str(mini_suite), "--tasks", "piqa,boolq", "--samples", "false", "--batch-size", "4"]

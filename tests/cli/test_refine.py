@@ -148,6 +148,8 @@ def test_each_round_refines_what_it_collapsed(project: Project) -> None:
     options = ["--collapse.similarity_threshold=null", f"--rounds={json.dumps(rounds)}", "--trainer.max_steps=-1"]
     run = project.fit(*REFINE, *options)
     assert run.result.out.count("Refining: 2,560 tokens") == 2
+    card = (run.folder / "export" / "README.md").read_text(encoding="utf-8")
+    assert "256 tokens in 4 optimizer steps" in card  # two of 64 tokens a round
 
 
 @pytest.mark.parametrize(

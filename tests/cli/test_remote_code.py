@@ -37,6 +37,7 @@ def logits(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("kind", STANDINS)
 def test_a_run_and_its_export_are_exported(families: Project, kind: str) -> None:
     run = families.fit("--model.source", kind, "--model.trust_remote_code", "true", "--trainer.max_steps", "1")
+    assert f"Warning: attention of {kind} does not heed where documents begin" in run.result.out
     for source in (run.folder, run.folder / "export"):
         output = families.root / f"{kind}-{source.name}"
         result = families("export", "--checkpoint", str(source), "--output", str(output), TRUST)

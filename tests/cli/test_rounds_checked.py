@@ -52,6 +52,21 @@ def test_a_run_that_stopped_between_rounds_is_not_finished(copied: Project) -> N
     assert not (copied.root / "out").exists()
 
 
+def test_a_number_that_another_run_took_is_passed_over(copied: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = run_of(copied).parent / "version_1"
+
+    def while_another_begins(wanted: int, folder: Path) -> str:
+        assert folder.name == taken.name  # the number that was free
+        (copied.root / taken).mkdir()
+        return "enough"
+
+    monkeypatch.setattr("laco_train.cli.rounds.check_room", while_another_begins)
+    result = copied(*FIT, "--export.enabled=false")
+    assert result.code == 0, result.err
+    assert list((copied.root / taken).iterdir()) == []
+    assert (copied.root / taken.parent / "version_2" / "summary.json").is_file()
+
+
 def rounds(*depths: int) -> str:
     return f"--rounds={json.dumps([{'target_depth': depth} for depth in depths])}"
 
