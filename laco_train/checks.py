@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from laco_train.errors import InputError
 from laco_train.settings import (
@@ -13,9 +13,11 @@ from laco_train.settings import (
     DistillSettings,
     EvaluationSettings,
     ExportSettings,
+    MergeRule,
     ModelSettings,
     RefineSettings,
     RoundSettings,
+    Strategy,
 )
 
 
@@ -153,7 +155,7 @@ def check_target(s: CollapseSettings, depth: int | None) -> None:
     if target is None and ratio is None:
         check_static("collapse.exact", not s.exact, "needs collapse.target_depth or collapse.target_ratio")
         return
-    key = "collapse.target_depth" if target is not None else "collapse.target_ratio"
+    key = target_key(s)
     check_static(key, target is None or ratio is None, "goes not with collapse.target_ratio; drop one")
     check_static(key, s.similarity_threshold is None, "goes not with collapse.similarity_threshold; drop one")
     check_static(key, s.plan is None, "goes not with collapse.plan; drop one")
@@ -164,8 +166,38 @@ def check_target(s: CollapseSettings, depth: int | None) -> None:
         check_static(key, target < depth, f"is {target}, but the model has only {depth} layers; ask for fewer")
 
 
+def target_key(s: CollapseSettings) -> str:
+    """Key of the target that `s` has."""
+    return "collapse.target_depth" if s.target_depth is not None else "collapse.target_ratio"
+
+
+def least_depth(s: CollapseSettings, depth: int) -> int:
+    """Layers that a search leaves of `depth` if it accepts every merge that it tries."""
+    c, low, high = s.layers_per_merge, s.lowest_layer, s.highest_layer or depth
+    if s.strategy == "greedy":
+        return low + 1 + depth - high
+    if s.strategy != "laco":
+        return 1
+    pointer = high - c
+    while pointer >= low:
+        depth -= c - 1
+        pointer = min(pointer - s.min_interval, depth - c)
+    return depth
+
+
+def out_of_reach(s: CollapseSettings, least: int) -> str:
+    """Why no search by `s` leaves fewer than `least` layers, and what to do."""
+    return (
+        f"but {s.strategy} leaves {least} layers at least, by C, L, I and H; raise C or H, lower L or I, or set "
+        "another collapse.strategy"
+    )
+
+
 def check_strategy(s: CollapseSettings) -> None:
-    """Refuse a strategy that other settings contradict or leave without an end."""
+    """Refuse a strategy or a rule of no such name, and a strategy that other settings contradict or never end."""
+    for name, known in (("strategy", get_args(Strategy)), ("merge_rule", get_args(MergeRule))):
+        value = getattr(s, name)
+        check_static(f"collapse.{name}", value in known, f"is {value!r}, which is none of {', '.join(known)}")
     key, targeted = "collapse.strategy", s.target_depth is not None or s.target_ratio is not None
     if s.strategy != "laco":
         check_static(key, s.plan is None, f"{s.strategy} goes not with collapse.plan; drop one")

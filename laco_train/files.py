@@ -1,6 +1,7 @@
 """Files that a kill or a full disk can't leave half written."""
 
 import os
+import stat
 from pathlib import Path
 
 
@@ -16,6 +17,13 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_up(path: Path) -> None:
+    """Give a file the permissions of other new ones: some libraries make theirs for its owner alone."""
+    mask = os.umask(0o077)  # there is no way to ask without setting it
+    os.umask(mask)
+    path.chmod(stat.S_IMODE(path.stat().st_mode) | 0o666 & ~mask)
 
 
 def write_whole(path: Path, text: str) -> None:

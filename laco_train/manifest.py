@@ -9,7 +9,7 @@ from typing import Any
 
 from laco_train import __version__
 from laco_train.errors import InputError
-from laco_train.files import write_whole
+from laco_train.files import open_up, write_whole
 
 MANIFEST = "laco_train_manifest.json"
 """Name of the manifest in an exported folder."""
@@ -43,7 +43,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, export: dict[str, Any]) -> None:
-    """Write the manifest of all files in `folder`, once they are sure to be on the disk.
+    """Write the manifest of all files in `folder`, once they are sure to be on the disk, and not their owner's alone.
 
     Args:
         folder: complete but for the manifest.
@@ -52,6 +52,8 @@ def write_manifest(folder: Path, export: dict[str, Any]) -> None:
     Raises:
         OSError: a file can't be read, or the manifest not be written.
     """
+    for path in _files(folder):
+        open_up(folder / path)
     files = {str(path): _sum(folder / path, flush=True) for path in _files(folder)}
     values = {
         "format_version": FORMAT_VERSION,
@@ -70,7 +72,11 @@ def read_manifest(folder: Path, key: str) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise InputError(key, f"{folder} has no {MANIFEST}; name a folder that laco_train exported")
+        exported = folder / "export"  # of a run
+        told = (
+            f"its export is {exported}" if (exported / MANIFEST).is_file() else "name a folder that laco_train exported"
+        )
+        raise InputError(key, f"{folder} has no {MANIFEST}; {told}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = values["format_version"]

@@ -7,6 +7,7 @@ from laco_train.errors import InputError
 
 # by key: the option, what the key's refusals advise, and what helps here
 _OPTIONS = {
+    "model.source": ("model", "set model.source to", "name"),
     "model.trust_remote_code": ("--trust-remote-code", "set this to true", "add this"),
     "data.column": ("--perplexity", "name a text column", "its column text must hold text"),
 }

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from laco_train.analysis.settings import SweepSettings, check_sweep
 from laco_train.collapse.plan import Candidate
-from laco_train.collapse.search import algorithm_1, refuse_if_all_skipped, refuse_unmergeable
+from laco_train.collapse.search import algorithm_1
 from laco_train.collapse.slots import Measured
 from laco_train.collapse.walk import Walk
+from laco_train.collapse.windows import refuse_unmergeable
 from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings
 
@@ -127,26 +128,23 @@ def run_sweep(
         on_progress: called with the settings done so far, the one under way in part.
 
     Raises:
-        InputError: the model can't be merged by this rule, or its loss can't be had; or every window of every C mixes
-            layer types.
+        InputError: no window of any C can merge, see `refuse_unmergeable`, or the model's loss can't be had.
     """
+    refuse_unmergeable(walk.decoder, grid)
     walk.calibration_loss.refuse_inexact()
     known: dict[object, Measured] = {}
     outcomes: list[Outcome] = []
-    tried: list[Candidate] = []
     for done, settings in enumerate(grid):
         assert settings.similarity_threshold is not None
-        refuse_unmergeable(walk, settings)
         walk.reset()
         reporting = _reporting(settings, done, on_progress)
-        tried += algorithm_1(walk, settings, settings.similarity_threshold, None, reporting)
+        algorithm_1(walk, settings, settings.similarity_threshold, None, reporting)
         standing = tuple(slot.history for slot in walk.slots)
         if standing not in known:
             known[standing] = walk.measure_standing(losses=True)
         outcomes.append(_outcome(settings, len(walk.slots), known[standing]))
         if on_progress is not None:
             on_progress(done + 1)
-    refuse_if_all_skipped(tried)  # a C that mixes types in every window is one at which nothing was accepted
     walk.reset()
     return outcomes
 

@@ -18,6 +18,7 @@ from laco_train.collapse import CollapsePlan, apply_plan, collapse_model, decode
 from laco_train.collapse.decoder import collapsible, keep_layers
 from laco_train.collapse.report import describe, similarity_figure
 from laco_train.collapse.similarity import read_calibration
+from laco_train.collapse.unmerged import refuse_nothing_merged
 from laco_train.errors import InputError
 from laco_train.models import load_tokenizer
 from laco_train.progress import bar, search_progress
@@ -29,6 +30,7 @@ from laco_train.training.module import CHECKPOINT_KEY, CausalLM
 from laco_train.training.overlap import occurring, text_of
 from laco_train.training.parallel import on_rank_zero
 from laco_train.training.scratch import draw_weights
+from laco_train.training.told import told_of_run
 
 
 class LayerCollapse(Callback):
@@ -109,6 +111,8 @@ class LayerCollapse(Callback):
             )
         original = copy.deepcopy(model) if refines else None
         plan = self._search(pl_module, device)
+        if stage == "fit":
+            refuse_nothing_merged(plan)
         if original is not None:
             plan = self._refined(trainer, pl_module, original, plan)
         if pl_module.settings.from_scratch:
@@ -213,6 +217,7 @@ class LayerCollapse(Callback):
         """Keep the plan, so that a resume and an export need no search."""
         assert self.plan is not None
         assert isinstance(pl_module, CausalLM)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         checkpoint[CHECKPOINT_KEY] = {
             "plan": self.plan.to_dict(),
             "model": dataclasses.asdict(pl_module.settings),
@@ -220,5 +225,5 @@ class LayerCollapse(Callback):
             "losses": dict(self.losses),
             "recipe": self.recipe,
             "sharded": isinstance(pl_module.lm, FSDPModule),
-            "data": trainer.datamodule.summary(),  # type: ignore[attr-defined]
+            "data": told_of_run(data.summary(), data.settings, pl_module.settings),
         }

@@ -1,5 +1,6 @@
 """Ends a run that is told to go: the step is finished, a checkpoint saved, and the program leaves."""
 
+import os
 import signal
 import threading
 from functools import partial
@@ -14,11 +15,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from laco_train.training.agreement import Agreement
 from laco_train.training.loss import Batch
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_INTERRUPTED = b"\nInterrupted: stopping after this step; again to stop at once, without a checkpoint.\n"
 
 
 class StopOnSignal(Callback):
-    """On SIGTERM or SIGUSR1, sent to any rank, all ranks stop after the same optimizer step.
+    """On SIGTERM, SIGUSR1 or SIGINT, sent to any rank, all ranks stop after the same optimizer step.
 
     One process stops after the step under way, several after the one that follows it; at the end of an epoch one more
     step is done, as Lightning resumes there one epoch too far, so that epochs of one step are done to the end. What
@@ -28,6 +30,8 @@ class StopOnSignal(Callback):
     in the middle of a step. Neither is its question to all ranks before each batch, for which the host waits for the
     device. It puts signals back itself, after the last save (`RecipeCLI` does, where it doesn't get to that).
 
+    A second SIGINT is what it was before, Python's KeyboardInterrupt, for those who can't wait for the step.
+
     Attributes:
         received: the signal, once there was one.
     """
@@ -35,6 +39,8 @@ class StopOnSignal(Callback):
     def __init__(self) -> None:
         self.received: int | None = None
         self._stopping = False
+        self._process = 0
+        self._at_interrupt: Any = signal.default_int_handler
         self._any_rank: Agreement | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,11 +52,18 @@ class StopOnSignal(Callback):
     def _take_over(self, trainer: Trainer) -> None:
         trainer._signal_connector._original_handlers = trainer._signal_connector._get_current_signal_handlers()
         if threading.current_thread() is threading.main_thread():
+            self._process = os.getpid() if trainer.is_global_zero else 0
+            self._at_interrupt = signal.getsignal(signal.SIGINT)
             for number in SIGNALS:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        if number != signal.SIGINT:
+            return
+        signal.signal(number, self._at_interrupt)
+        if os.getpid() == self._process:  # the keyboard's reaches loader processes too, which have this handler
+            os.write(2, _INTERRUPTED)  # print may be what was interrupted
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -1,10 +1,14 @@
-"""The program: picks the verb, and turns the two kinds of expected failure into one line and an exit code.
+"""The program: picks the verb, and turns expected failures and interrupts into one line and an exit code.
 
 Nothing heavy is imported before the verb needs it, so that `--help` answers at once.
 """
 
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Timer
 
 from laco_train.errors import InputError, TrainingStopped
 
@@ -30,7 +34,7 @@ RECIPE is a path, a name under ./recipes, or the name of a recipe that the packa
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the program; returns the exit code: 0, 1 if training stopped, 2 for bad input.
+    """Run the program; returns the exit code: 0, 1 if training stopped, 2 for bad input, 130 if interrupted.
 
     Raises:
         SystemExit: 128 and the number of the signal that ended a fit, once its checkpoint was saved.
@@ -47,14 +51,41 @@ def main(argv: Sequence[str]) -> int:
     try:
         if verb is None:
             raise InputError(argv[0], f"is no verb; the verbs are {', '.join(_verbs())}")
-        verb(list(argv[1:]))
+        with _interrupts_come_through():
+            verb(list(argv[1:]))
     except InputError as error:
         print(f"laco_train: error: {error}", file=sys.stderr)
         return 2
     except TrainingStopped as error:
         print(f"laco_train: stopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("laco_train: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
+
+
+@contextmanager
+def _interrupts_come_through() -> Iterator[None]:
+    """Let an interrupt end rank 0, which ends the other ranks; they ignore it.
+
+    It is sent again where Python drops it: in a destructor, of which loading runs many.
+    """
+    if (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") != "0":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    others = sys.unraisablehook
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            others(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = others
 
 
 def _verbs() -> dict[str, Callable[[list[str]], None]]:

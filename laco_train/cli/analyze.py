@@ -99,13 +99,15 @@ def _analyse(
     from laco_train.analysis.sweep import sweep_grid
     from laco_train.collapse import count_parameters, decoder_of
     from laco_train.collapse.apply import placed
-    from laco_train.collapse.search import refuse_unmergeable
     from laco_train.collapse.similarity import calibration_batch, read_calibration
     from laco_train.collapse.walk import Walk
+    from laco_train.collapse.windows import refuse_unmergeable
     from laco_train.progress import bar
 
     decoder = decoder_of(model)
     grid = sweep_grid(sweep, collapse, decoder.depth) if sweep.requested else []
+    if grid:
+        refuse_unmergeable(decoder, grid)
     batch = calibration_batch(tokenizer, read_calibration(collapse.calibration))
     # streamed weights need room for the largest window; without a sweep nothing is chosen, so by no strategy
     unswept = dataclasses.replace(collapse, strategy="laco")
@@ -116,8 +118,6 @@ def _analyse(
             walk.calibration_loss.refuse_inexact()
         original_loss = walk.measure_standing(losses=True).loss
         assert original_loss is not None
-        if grid:
-            refuse_unmergeable(walk, settings)
         states = state_cosines(walk.states(), walk.mask)
         with bar() as progress:
             names = progress.track(parameter_names(decoder.stack), description="Comparing parameters, by module")

@@ -17,15 +17,15 @@ def parser() -> VerbParser:
     add = p.add_argument
     model = "Exports, folders, hub ids, .gguf files, package: names; NAME=MODEL gives one a name for the table."
     add("models", nargs="+", type=str, help=model)
-    add("--batch-sizes", type=str, default="1,4,16", help="Sequences at a time, separated by commas (%(default)s).")
-    add("--prompt-tokens", type=int, default=128, help="Tokens of each prompt, random ones (%(default)s).")
-    add("--new-tokens", type=int, default=32, help="Tokens generated after the first (%(default)s).")
-    add("--turns", type=int, default=5, help="Turns of each model, loaded anew in each (%(default)s).")
+    add("--batch-sizes", type=str, default="1,4,16", help="Sequences at a time, separated by commas.")
+    add("--prompt-tokens", type=int, default=128, help="Tokens of each prompt, random ones.")
+    add("--new-tokens", type=int, default=32, help="Tokens generated after the first.")
+    add("--turns", type=int, default=5, help="Turns of each model, loaded anew in each.")
     add("--device", type=str, default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:1.")
     add("--dtype", type=Dtype, default="auto", help="Type of the weights; auto: that of each model.")
     trusted = "Run code that comes with a model (Baichuan2, InternLM2), if you trust that code."
     add("--trust-remote-code", action="store_true", help=trusted)
-    add("--output", type=str, default="inference.json", help="File to write; must not exist (%(default)s).")
+    add("--output", type=str, default="inference.json", help="File to write; must not exist.")
     return p
 
 

@@ -40,6 +40,7 @@ def run(args: list[str]) -> None:
     from laco_train.collapse import collapse_model
     from laco_train.collapse.families import depth_of
     from laco_train.collapse.report import describe
+    from laco_train.collapse.unmerged import refuse_nothing_merged
     from laco_train.export import CardFacts, export_folder
     from laco_train.models import load_config, load_model, load_tokenizer
     from laco_train.precision import forward_context, named_dtype, weights_dtype
@@ -54,7 +55,7 @@ def run(args: list[str]) -> None:
         check_data(ready.data, getattr(model_config, "max_position_embeddings", None))
     tokenizer = load_tokenizer(s.source, trust_remote_code=s.trust_remote_code)
     precision = str((config.trainer or {}).get("precision") or "32-true")
-    dtype = weights_dtype(s.dtype, precision)
+    dtype = weights_dtype(s.dtype, precision, "full" if r.tokens and r.windows < 1 else None)
     print(f"Loading {s.source} as {str(dtype).removeprefix('torch.')}", flush=True)
     model = load_model(s.source, dtype=dtype, trust_remote_code=s.trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,6 +65,7 @@ def run(args: list[str]) -> None:
             model, tokenizer, collapse_settings, source=s.source, device=device, on_candidate=on_candidate
         )
     if original is not None:
+        refuse_nothing_merged(plan)
         for each in (original, model):
             each.to(device)  # type: ignore[arg-type]  # Transformers wraps to() for bitsandbytes
         data = PackedText(ready.data, lambda: tokenizer)

@@ -28,6 +28,8 @@ def parser() -> VerbParser:
     p.add_argument(
         "--speed", type=bool, default=True, help="Measure inference of the exported models; true unless told otherwise."
     )
+    trusted = "Run code that comes with a model (Baichuan2, InternLM2), if you trust that code."
+    p.add_argument("--trust-remote-code", action="store_true", help=trusted)
     p.add_argument("--force", action="store_true", help="Compare runs of unlike validation data all the same.")
     return p
 
@@ -63,7 +65,11 @@ def run(args: list[str]) -> None:
     if config.speed:
         with bar() as progress:
             task = progress.add_task("Measuring inference", total=None)
-            speeds = measure_speeds(exports(arms), lambda done, of: progress.update(task, completed=done, total=of))
+            speeds = measure_speeds(
+                exports(arms),
+                lambda done, of: progress.update(task, completed=done, total=of),
+                trust_remote_code=config.trust_remote_code,
+            )
     comparison = compare(
         arms,
         title="Comparison of runs",

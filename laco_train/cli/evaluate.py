@@ -13,6 +13,7 @@ def parser() -> VerbParser:
         description="Measure models: zero-shot tasks of lm-evaluation-harness, perplexity, samples of what they write.",
         print_config=None,
     )
+    p.stray = "--model"
     add = p.add_argument
     model = "Models: exports, folders, hub ids, .gguf files; NAME=MODEL gives one a name for the tables."
     add("--model", nargs="+", type=str, required=True, help=model)
@@ -24,16 +25,16 @@ def parser() -> VerbParser:
     add("--limit", type=int, default=None, help="Most questions of a task, evenly spaced over all; null: all.")
     text = "Text files for perplexity, as in data.train; none unless named."
     add("--perplexity", nargs="+", type=str, default=None, help=text)
-    add("--block", type=int, default=1024, help="Tokens of a window of that text (%(default)s).")
-    add("--stride", type=int, default=512, help="Tokens from one window to the next; 1 to --block (%(default)s).")
+    add("--block", type=int, default=1024, help="Tokens of a window of that text.")
+    add("--stride", type=int, default=512, help="Tokens from one window to the next; 1 to --block.")
     add("--samples", type=bool, default=True, help="Write 64 tokens after each prompt; true unless told otherwise.")
     add("--prompts", type=str, default=None, help="Text file with a prompt a line; null: five short ones.")
-    add("--batch-size", type=int, default=16, help="Sequences in one forward pass (%(default)s).")
+    add("--batch-size", type=int, default=16, help="Sequences in one forward pass.")
     add("--device", type=str, default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:1.")
     add("--dtype", type=Dtype, default="auto", help="Type of the weights; auto: the model's; on a CPU float32.")
     trusted = "Run code that comes with a model (Baichuan2, InternLM2), if you trust that code."
     add("--trust-remote-code", action="store_true", help=trusted)
-    add("--output", type=str, default="evaluation", help="Folder to write; must not exist or be empty (%(default)s).")
+    add("--output", type=str, default="evaluation", help="Folder to write; must not exist or be empty.")
     return p
 
 

@@ -1,5 +1,6 @@
 """`export --checkpoint PATH --output DIR [--format F]`: a proven model folder from whatever holds a trained model."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,6 +9,7 @@ from laco_train.checks import check_export
 from laco_train.cli.parsing import VerbParser
 from laco_train.errors import InputError
 from laco_train.files import home
+from laco_train.manifest import MANIFEST, Manifest, faults, read_manifest, unlisted
 from laco_train.settings import Dtype, ExportSettings
 
 if TYPE_CHECKING:
@@ -22,9 +24,11 @@ def parser() -> VerbParser:
         "runtime.",
         print_config=None,
     )
+    p.stray = "--checkpoint"
     what = "A .ckpt that fit wrote, in one file or in shards, the folder of a run or of a study's arm, or an export."
     p.add_argument("--checkpoint", type=str, required=True, help=what)
-    p.add_argument("--output", type=str, required=True, help="Folder to write; must not exist or be empty.")
+    output = "Folder to write; must not exist or be empty, or hold this very export, which is then uploaded."
+    p.add_argument("--output", type=str, required=True, help=output)
     formats = "hf: Transformers; ctranslate2 and onnx: in float32; gguf: for llama.cpp. Each has an extra to install."
     p.add_argument("--format", type=Literal["hf", "ctranslate2", "onnx", "gguf"], default="hf", help=formats)
     dtype = "Type of the weights of hf; auto: that of the checkpoint."
@@ -52,18 +56,15 @@ def run(args: list[str]) -> None:
     """Read the source, write and prove the folder, and upload it where that is asked for."""
     config = parser().parse_args(args)
     _check(config)
-
-    from laco_train.export.whole import refuse_nonempty
-
     output = home(config.output)
-    refuse_nonempty(output, "--output")
+    earlier = _whole_export(output, config)
 
     from laco_train.export.hub import check_push, planned_push, push
 
     if config.push_to_hub is not None:
         check_push(config.push_to_hub, dry_run=config.dry_run)
     form = _format(config)
-    _export(config, output, form)
+    _export(config, output, form, earlier)
     if config.push_to_hub is None:
         return
     if config.dry_run:
@@ -112,11 +113,45 @@ def _format(config: Any) -> "Format | None":
     return gguf.Gguf(config.gguf_type, gguf.find_converter(config.llama_cpp), gguf.has_runtime())
 
 
-def _export(config: Any, output: Path, form: "Format | None") -> None:
+def _whole_export(output: Path, config: Any) -> Manifest | None:
+    """What is in `output`, as a dry run or a failed upload leaves it, whole; None: it is empty."""
+    from laco_train.export.whole import refuse_nonempty
+
+    if config.push_to_hub is None or not (output / MANIFEST).is_file():
+        refuse_nonempty(output, "--output")
+        return None
+    manifest = read_manifest(output, "--output")
+    wrong = faults(output, manifest) | dict.fromkeys(unlisted(output, manifest), "is not of the export in it")
+    if wrong:
+        name, problem = next(iter(wrong.items()))
+        raise InputError("--output", f"{output} can't be uploaded: {name} {problem}; name another folder or empty it")
+    return manifest
+
+
+def _is_made_so(manifest: Manifest, output: Path, config: Any, dtype: str) -> bool:
+    """Whether an export, its source aside, is what the options ask for.
+
+    Args:
+        dtype: of the weights of hf.
+    """
+    if config.format == "gguf":
+        return f"model-{config.gguf_type}.gguf" in manifest.files
+    if config.format != "hf":
+        return True
+    kept = any(name.startswith("adapter/") for name in manifest.files)
+    weights = [one.size for name, one in manifest.files.items() if name.endswith(".safetensors")]
+    largest = int(config.shard_size[:-2]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[config.shard_size[-2:]]
+    stored = json.loads((output / "config.json").read_text(encoding="utf-8"))["dtype"]
+    return kept == (config.adapter == "keep") and max(weights) <= largest and stored == dtype
+
+
+def _export(config: Any, output: Path, form: "Format | None", earlier: Manifest | None) -> None:
+    """Write `output`, unless `earlier`, which is there already, is just that; another one is refused."""
     from peft import PeftModel
 
     from laco_train.export import export_folder
     from laco_train.export.converted import export_converted
+    from laco_train.export.huggingface import with_licence
     from laco_train.export.measured import merged, read_evaluations
     from laco_train.export.source import KEY, read_source
     from laco_train.precision import named_dtype
@@ -133,6 +168,14 @@ def _export(config: Any, output: Path, form: "Format | None") -> None:
     layers = base.config.get_text_config().num_hidden_layers
     measured = merged(source.card.evaluations, read_evaluations(config.evaluation, layers, parameters))
     plan, card = source.plan, replace(source.card, evaluations=measured)
+    dtype = source.dtype if config.dtype == "auto" else named_dtype(config.dtype)
+    if earlier is not None:
+        about = json.loads(json.dumps({"format": config.format, "card": with_licence(card).to_dict()}))
+        name = str(dtype).removeprefix("torch.")
+        if earlier.export != about or not _is_made_so(earlier, output, config, name):
+            raise InputError("--output", f"{output} holds another export than this; name another folder or empty it")
+        print(f"export: {output} holds this export already, whole", flush=True)
+        return
     if form is not None:
         export_converted(source.model, source.tokenizer, output, config.format, form, plan=plan, card=card)
         return
@@ -140,7 +183,7 @@ def _export(config: Any, output: Path, form: "Format | None") -> None:
         source.model,
         source.tokenizer,
         output,
-        dtype=source.dtype if config.dtype == "auto" else named_dtype(config.dtype),
+        dtype=dtype,
         shard_size=config.shard_size,
         keep_adapter=keep,
         plan=plan,

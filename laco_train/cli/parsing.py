@@ -1,15 +1,15 @@
 """What the parsers of all verbs share: one-line errors, and recipes found by name. Imports no torch."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, set_parsing_settings
 
+from laco_train.cli.parser_errors import RECIPES, key_and_problem
 from laco_train.cli.recipe_text import check_recipe
 from laco_train.cli.values import check_values
 from laco_train.errors import InputError
-from laco_train.recipes import find_recipe
+from laco_train.recipes import find_recipe, shipped
 from laco_train.settings import SECTIONS
 
 # --help shows the line under each field of laco_train.settings
@@ -20,18 +20,16 @@ set_parsing_settings(instantiate_subclass_spec_in_any=False)
 set_parsing_settings(import_path_denylist=[])
 
 _RECIPE_FLAGS = ("--recipe", "-r", "--config", "-c")
-# jsonargparse's messages that name the key in the middle; the rest begin with it
-_UNKNOWN = re.compile(
-    r"unrecognized arguments: (?P<flag>[^\s=]+)"
-    r"|(Group '(?P<group>\S+)'|Subcommand '\S+') does not accept option '(?P<key>\S+)'"
-    r"|Option '(?P<option>\S+)' is not accepted"
-)
-_MISSING = re.compile(r"the following arguments are required: ((fit|validate)\.)?(?P<key>[^\s,]+)")
-_NO_RECIPE = re.compile(r"(Problems parsing config|Unexpected config): ?(?P<problem>.*)")
 
 
 class OneLineErrors:
-    """Mixin of argument parsers: an error is an InputError instead of a usage text and an exit."""
+    """Mixin of argument parsers: an error is an InputError instead of a usage text and an exit.
+
+    Attributes:
+        stray: the option that a value without one was likely meant for.
+    """
+
+    stray = "--recipe"
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """What argparse gives, its numbers and texts checked.
@@ -50,25 +48,18 @@ class OneLineErrors:
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what argparse would print, shortened to the line that names the key."""
-        raise InputError(*_key_and_problem(message))
+        raise InputError(*key_and_problem(message, self.stray))
 
 
 class VerbParser(OneLineErrors, ArgumentParser):
     """Parser of a verb that needs no Trainer."""
 
-
-def _key_and_problem(message: str) -> tuple[str, str]:
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    text = " ".join(lines)
-    if found := _UNKNOWN.search(text):
-        key = ".".join(part for part in found.group("flag", "group", "key", "option") if part)
-        return key, "is unknown here; --help lists every key"
-    if found := _MISSING.search(text):
-        return found["key"] if "." in found["key"] else f"--{found['key']}", "is missing; give it"
-    if found := _NO_RECIPE.search(text):
-        return "--recipe", f"is no YAML of sections and keys ({found['problem'] or 'it is empty'})"
-    key, separator, problem = text.removeprefix("Parser key ").removeprefix("argument ").partition(":")
-    return (key.strip("'\" "), problem.strip()) if separator else ("command line", text)
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """As other parsers, with the usage of what stands without an option; a verb without recipe has no keys."""
+        alone = next((action.dest for action in self._actions if not action.option_strings), None)
+        usage = None if alone is None else (alone, f"{self.prog} {alone.upper()}")
+        options = {action.dest: action.option_strings[-1] for action in self._actions if action.option_strings}
+        raise InputError(*key_and_problem(message, self.stray, usage, {} if "recipe" in options else options))
 
 
 def resolve_arguments(args: list[str]) -> tuple[list[str], str | None]:
@@ -97,7 +88,20 @@ def resolve_arguments(args: list[str]) -> tuple[list[str], str | None]:
             others.append("--print_config=comments")
         else:
             others.append(argument)
+    if name is None:
+        _require_recipe(args)
     return [*recipes, *others], name
+
+
+def _require_recipe(args: list[str]) -> None:
+    """InputError unless the model, which no verb does without, is named on the command line, or help is asked for."""
+    if any(argument.startswith(("--model", "-h", "--help", "--print_config")) for argument in args):
+        return
+    known = ", ".join(sorted(path.stem for path in shipped("recipes").glob("*.yaml")))
+    likely = [argument for argument in args if argument.endswith(RECIPES)]
+    likely += [argument for argument in args[:1] if not argument.startswith("-")]
+    told = f"write --recipe {likely[0]}" if likely else f"name one, by its path or one that is shipped ({known})"
+    raise InputError("--recipe", f"is missing; {told}")
 
 
 def verb_parser(verb: str, description: str, sections: Mapping[str, type]) -> VerbParser:

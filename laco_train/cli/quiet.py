@@ -10,7 +10,7 @@ _WARNINGS = (
     ".*is not supported by the model summary.*",
     ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged then is the metric over all ranks
 )
-_TIPS = ("Tip:", "TPU available", "LOCAL_RANK:")
+_TIPS = ("Tip:", "TPU available", "LOCAL_RANK:", "Detected KeyboardInterrupt")
 
 
 def _no_tip(record: logging.LogRecord) -> bool:

@@ -22,13 +22,19 @@ _PATIENCE_SECONDS = 10.0
 
 @contextmanager
 def ending_children(trainer: Trainer) -> Iterator[None]:
-    """Kill the processes that Lightning started here, should this one fail: they would report a lost connection."""
+    """Kill the processes that Lightning started here, should this one fail: they would report a lost connection.
+
+    Raises:
+        KeyboardInterrupt: as the block does; Lightning makes an exit code of its own of it.
+    """
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
             trainer.strategy.launcher.kill(signal.SIGKILL)
             trainer.strategy.launcher.procs.clear()  # else Lightning would find them dead, and kill this process too
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         raise
 
 

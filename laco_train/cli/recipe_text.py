@@ -40,6 +40,12 @@ def check_recipe(path: Path) -> None:
             raise InputError(key.value, f"is a section, but {path} has no keys in it; write some, or leave it out")
 
 
+def sections(path: Path) -> set[str]:
+    """Keys at the top of a recipe that `check_recipe` let through."""
+    root: Any = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    return {key.value for key, _ in root.value}
+
+
 def _values(node: Any, counted: dict[int, float]) -> float:
     """How many values `node` stands for, aliases written out; infinity if it holds itself."""
     if id(node) in counted:

@@ -20,6 +20,8 @@ CONFIG_FILE = "config.yaml"
 """In a run's folder: the whole recipe as it ran; there once the run has begun."""
 SUMMARY_FILE = "summary.json"
 """In a run's folder: its outcome; written last, so it is there once the run is finished."""
+IN_USE = ".in_use"
+"""In a run's folder: locked by the process that writes there."""
 _OPTIONS = ("resume", "run", "name", "ckpt_path")
 
 HARMLESS = {
@@ -185,9 +187,12 @@ def claim(folder: Path, key: str = "--resume") -> TextIO:
     """Hold the run in `folder` for this process, until it ends in whatever way.
 
     Raises:
-        InputError: another process on this machine holds it; `key` is the option to blame.
+        InputError: another process on this machine holds it, or it can't be written to; `key` is the option to blame.
     """
-    file = (folder / ".in_use").open("a", encoding="utf-8")
+    try:
+        file = (folder / IN_USE).open("a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(key, f"{folder} can't be written to ({error.strerror}); name another place") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by loader processes
     except OSError:

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
-from laco_train.checks import check_rounds, check_static
+from laco_train.checks import check_rounds, check_static, least_depth, out_of_reach
 from laco_train.cli.loggers import logger_in, logs_in
 from laco_train.cli.record import make_numbered
 from laco_train.cli.resume import (
@@ -51,6 +51,13 @@ from laco_train.training.distill import distills
 
 ROUNDS_FILE = "rounds.json"
 """In the folder of a run of rounds: depth, tokens and losses of each round that is finished."""
+KEEP_ALL = {
+    "collapse.strategy": "none",
+    "collapse.target_depth": "null",
+    "collapse.criterion": "similarity",
+    "collapse.refine.tokens": 0,
+}
+"""Options of a round that collapses nothing: its strategy, and what would contradict that."""
 _LOOK_SECONDS = 0.2
 
 
@@ -160,8 +167,10 @@ class RoundCLI(RecipeCLI):
         if before:
             now = {**losses_so_far(before), **{f"round {self.index + 1}, {name}": loss for name, loss in now.items()}}
         tokens, steps = (sum(record[name] for record in before) for name in ("tokens", "steps"))
-        tokens -= sum(one.get("refined_tokens", 0) for one in self.run.summaries(self.index))
-        return dataclasses.replace(card, losses=now, tokens=card.tokens + tokens, steps=card.steps + steps)
+        refined = sum(one.get("refined_tokens", 0) for one in self.run.summaries(self.index))
+        train = {**card.data["train"], "refined_tokens": refined + self.model.refined_tokens}
+        tokens, steps = card.tokens + tokens - refined, card.steps + steps
+        return dataclasses.replace(card, losses=now, tokens=tokens, steps=steps, data={**card.data, "train": train})
 
 
 class FitCLI(RecipeCLI):
@@ -224,6 +233,9 @@ class FitCLI(RecipeCLI):
                 if index > 0:
                     self._record(index)  # here, as a run may have been killed before it had
                 print(f"Round {index + 1} of {len(run.rounds)}: {run.folder_of(index)}", flush=True)
+                if self._is_shallow_enough(index):
+                    asked = run.rounds[index].target_depth
+                    print(f"The round before left {asked} layers or fewer already: this one trains on", flush=True)
             done = RoundCLI([*self.arguments, *self._changes(index)], self.recipe, run, index)
             if done.trainer.interrupted:
                 return
@@ -251,7 +263,10 @@ class FitCLI(RecipeCLI):
         assert self.run is not None
         given, one = self.config_init["fit"], self.run.rounds[index]
         changes: dict[str, Any] = {"rounds": "null", "resume": "null", "run": "null", "name": self.recipe}
-        changes["collapse.target_depth"] = one.target_depth
+        if self._is_shallow_enough(index):
+            changes |= KEEP_ALL
+        else:
+            changes["collapse.target_depth"] = one.target_depth
         changes["data.seed"] = given.data.seed + index  # else it would read the same blocks in the same order
         if one.max_tokens is not None:
             changes["budget.max_tokens"] = one.max_tokens
@@ -264,6 +279,11 @@ class FitCLI(RecipeCLI):
         if index < len(self.run.rounds) - 1:
             changes |= {"export.enabled": "true", "export.dtype": "auto"}  # what was trained, not rounded
         return [f"--{key}={value}" for key, value in changes.items()]
+
+    def _is_shallow_enough(self, index: int) -> bool:
+        """Whether the round before merged past its own depth to that of this one, which then collapses nothing."""
+        assert self.run is not None
+        return index > 0 and self.run.summaries(index)[-1]["depth"] <= self.run.rounds[index].target_depth
 
     def _record(self, count: int) -> None:
         """After `count` rounds, again where a run goes on; what they no longer need goes if the recipe says so."""
@@ -315,26 +335,8 @@ def check_reach(rounds: Sequence[RoundSettings], s: CollapseSettings, depth: int
     before = range(depth, depth + 1)
     for number, one in enumerate(rounds):
         least, target = min(least_depth(s, layers) for layers in before), one.target_depth
-        problem = (
-            f"is {target}, but {s.strategy} leaves {least} layers at least there, by C, L, I and H; raise C or H, "
-            "lower L or I, or set another collapse.strategy"
-        )
-        check_static(f"rounds[{number}].target_depth", target >= least, problem)
+        check_static(f"rounds[{number}].target_depth", target >= least, f"is {target}, {out_of_reach(s, least)}")
         before = range(target if s.exact else least, target + 1)  # a merge of several layers may overshoot
-
-
-def least_depth(s: CollapseSettings, depth: int) -> int:
-    """Layers that a search leaves of `depth` if it accepts every merge that it tries."""
-    c, low, high = s.layers_per_merge, s.lowest_layer, s.highest_layer or depth
-    if s.strategy == "greedy":
-        return low + 1 + depth - high
-    if s.strategy != "laco":
-        return 1
-    pointer = high - c
-    while pointer >= low:
-        depth -= c - 1
-        pointer = min(pointer - s.min_interval, depth - c)
-    return depth
 
 
 def run(args: list[str]) -> None:

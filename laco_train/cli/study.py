@@ -1,8 +1,11 @@
 """`study --recipe R`: arms on the same data, evaluation points and budget, one after another."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, reduce
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -18,6 +21,7 @@ from laco_train.checks import (
     check_model,
 )
 from laco_train.cli.parsing import VerbParser, add_recipe_flag, resolve_arguments
+from laco_train.cli.recipe_text import sections
 from laco_train.cli.values import check_values
 from laco_train.errors import InputError
 from laco_train.settings import SECTIONS, DataSettings
@@ -26,6 +30,8 @@ from laco_train.study.settings import StudySettings, check_study, known
 if TYPE_CHECKING:
     from laco_train.study.run import Study
 
+_OF_AN_ARM = re.compile(r"--study\.arms\.(?P<arm>[^.=]+)\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)
+
 
 def parser() -> VerbParser:
     """The verb's parser."""
@@ -33,6 +39,8 @@ def parser() -> VerbParser:
     p = VerbParser(prog="laco_train study", description=description, print_config="--print_config")
     add_recipe_flag(p)
     p.add_argument("--arms", type=str | None, help="Only these arms of the recipe, such as laco,sleb; null: all.")
+    where = "Where its runs go under lightning_logs, and its name; null: the recipe's name."
+    p.add_argument("--name", type=str | None, help=where)
     p.add_class_arguments(StudySettings, "study")
     for name, settings in SECTIONS.items():
         p.add_class_arguments(settings, name)
@@ -44,7 +52,8 @@ def parser() -> VerbParser:
 def run(args: list[str]) -> None:
     """Check everything, then run what is not finished yet."""
     arguments, recipe = resolve_arguments(args)
-    config = parser().parse_args(arguments)
+    _refuse_fits(arguments)
+    config = parser().parse_args(with_arms(arguments))
     study, arms = checked(config, recipe or "study", parser())
 
     from laco_train.errors import TrainingStopped
@@ -59,6 +68,54 @@ def run(args: list[str]) -> None:
     print_outcome(study)
 
 
+def _refuse_fits(arguments: list[str]) -> None:
+    """Refuse recipes of fit, which name no arms; one may be printed, to write a study of it."""
+    if any(argument.startswith(("--study", "--print_config", "--help", "-h")) for argument in arguments):
+        return
+    recipes = [Path(value) for flag, value in pairwise(arguments) if flag == "--recipe"]
+    if recipes and not any("study" in sections(path) for path in recipes):
+        problem = "has no section study, so it is one of fit; run it with fit, or add `study: {}` to it for all arms"
+        raise InputError("--recipe", f"{recipes[-1]} {problem}")
+
+
+def with_arms(arguments: list[str]) -> list[str]:
+    """`arguments`, options such as --study.arms.laco.collapse.merge_rule=mean put over the recipe's arms.
+
+    The parser would take each of them for all that is to be said of its arm.
+
+    Raises:
+        InputError: one has no value, or what is beside them can't be parsed.
+    """
+    others: list[str] = []
+    changes: list[dict[str, Any]] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if (found := _OF_AN_ARM.fullmatch(argument)) is None:
+            others.append(argument)
+            continue
+        text = next(rest, None) if found["value"] is None else found["value"]
+        if text is None:
+            raise InputError(argument, "names no value; give one")
+        value = _value(text)
+        for name in reversed([found["arm"], *found["key"].split(".")]):
+            value = {name: value}
+        changes.append(value)
+    if not changes:
+        return arguments
+
+    from laco_train.study.arms import merged
+
+    arms = parser().parse_args([one for one in others if not one.startswith("--print_config")]).study.arms
+    return [*others, f"--study.arms={yaml.safe_dump(reduce(merged, changes, arms), sort_keys=False)}"]
+
+
+def _value(text: str) -> Any:
+    """As the parser reads a value of any type."""
+    p = VerbParser()
+    p.add_argument("--value", type=Any)
+    return p.parse_args([f"--value={text}"]).value
+
+
 def checked(config: Any, name: str, p: VerbParser) -> "tuple[Study, list[str]]":
     """The study that `config` asks for, and the arms to run; nothing is written.
 
@@ -68,7 +125,7 @@ def checked(config: Any, name: str, p: VerbParser) -> "tuple[Study, list[str]]":
     ready = p.instantiate(config)
     settings: StudySettings = ready.study
     shared: dict[str, Any] = yaml.safe_load(p.dump(config, skip_unset=False))
-    for key in ("study", "arms", "recipe"):
+    for key in ("study", "arms", "name", "recipe"):
         shared.pop(key, None)
     typed(shared)
     trainer = shared["trainer"]
@@ -87,7 +144,7 @@ def checked(config: Any, name: str, p: VerbParser) -> "tuple[Study, list[str]]":
             typed(merged(shared, changes or {}))
     check_model(ready.model)
     depths = depths_at(settings.ratios, ready.model) if settings.ratios else {}
-    study = Study(name, settings, shared, logs_in(trainer), depths)
+    study = Study(config.name or name, settings, shared, logs_in(trainer), depths)
     check_recipe(study.recipe(study.tasks(arms)[0], None))  # what is wrong in all arms is no arm's fault
 
     from laco_train.evaluation.in_run import prompts_of, questions_of

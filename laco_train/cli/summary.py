@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -86,16 +87,31 @@ def print_summary(collapse: LayerCollapse, curves: Curves, trainer: Trainer, exp
         table.add_row(name, str(depth), f"{parameters:,}", *numbers)
     console = Console(width=100)
     console.print(table)
-    # below a tenth of a nat the share says nothing
-    if "original" in losses and losses["collapsed"] > losses["original"] + 0.1:
-        share = (losses["collapsed"] - trained) / (losses["collapsed"] - losses["original"])
-        console.print(
-            f"Training on {curves.tokens - plan.refinement.tokens:,} tokens ({trainer.global_step} steps) gave back "
-            f"{100 * share:.0f}% of the loss that the collapse cost."
-        )
-    console.print(f"Run: {trainer.log_dir}   curves: tensorboard --logdir {trainer.log_dir}", soft_wrap=True)
+    effect = effect_of_training(losses, trained)
+    if effect is not None:
+        tokens = curves.tokens - plan.refinement.tokens
+        console.print(f"Training on {tokens:,} tokens ({trainer.global_step} steps) {effect}", soft_wrap=True)
+    if trainer.log_dir is not None:  # as in a fast_dev_run
+        console.print(f"Run: {trainer.log_dir}   curves: tensorboard --logdir {trainer.log_dir}", soft_wrap=True)
     if export is not None:
         console.print(f'Model: {export}   load: AutoModelForCausalLM.from_pretrained("{export}")', soft_wrap=True)
+
+
+def effect_of_training(losses: Mapping[str, float], trained: float) -> str | None:
+    """What became of the validation loss, as the end of a sentence; None: nothing to speak of.
+
+    Args:
+        losses: nats per token of the "original", if it was measured, and of what was "collapsed" right before training.
+        trained: that after training.
+    """
+    collapsed = losses["collapsed"]
+    if round(trained, 4) > round(collapsed, 4):  # as the table shows them
+        worse = f"made it worse: validation loss {trained:.4f}, but {collapsed:.4f} right after the collapse"
+        return f"{worse}; lower model.optimizer.learning_rate, or name other text."
+    if collapsed <= losses.get("original", math.inf) + 0.1:  # below a tenth of a nat the share says nothing
+        return None
+    share = (collapsed - trained) / (collapsed - losses["original"])
+    return f"gave back {round(100 * share)}% of the loss that the collapse cost."
 
 
 def _perplexity(loss: float) -> str:

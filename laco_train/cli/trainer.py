@@ -44,6 +44,7 @@ from laco_train.checks import (
     check_model,
     check_one_of,
 )
+from laco_train.cli.early_checks import check_start
 from laco_train.cli.endings import ended_by_signal, leave_no_trace
 from laco_train.cli.loggers import listed, logger_in, loggers_of, logs_in, replaces_own
 from laco_train.cli.parsing import OneLineErrors, add_recipe_flag, resolve_arguments
@@ -63,9 +64,7 @@ from laco_train.cli.resume import (
 from laco_train.cli.summary import print_summary, write_summary
 from laco_train.cli.timed_trainer import TRAINER_DEFAULTS, TimedTrainer, say_device
 from laco_train.collapse import CollapsePlan
-from laco_train.collapse.composition import from_the_first_model, plan_of_source
-from laco_train.collapse.families import depth_of
-from laco_train.collapse.similarity import read_calibration
+from laco_train.collapse.composition import from_the_first_model
 from laco_train.errors import InputError, TrainingStopped
 from laco_train.evaluation.in_run import prompts_of, questions_of
 from laco_train.evaluation.samples import check_prompts
@@ -92,6 +91,7 @@ from laco_train.training.fused import check_kernels
 from laco_train.training.memory import is_out_of_memory
 from laco_train.training.module import CausalLM
 from laco_train.training.parallel import check_sizes, gathered, refuse_strategy
+from laco_train.training.told import told_of_run
 
 
 class RecipeParser(OneLineErrors, LightningArgumentParser):
@@ -174,7 +174,7 @@ class RecipeCLI(LightningCLI):
         self.earlier = self._earlier_run() if self.subcommand == "fit" else None
         s = self.model_settings
         precision = str(self._get(self.config_init, "trainer").get("precision") or "32-true")
-        self.dtype = weights_dtype(s.dtype, precision)
+        self.dtype = weights_dtype(s.dtype, precision, s.method if self.subcommand == "fit" else None)
         self.load_tokenizer = partial(load_tokenizer, s.source, trust_remote_code=s.trust_remote_code)
         seed = self._get(self.config_init, "seed_everything")
         self.model = CausalLM(s, self.dtype, self.speed_settings, self.budget_settings, seed)
@@ -230,13 +230,9 @@ class RecipeCLI(LightningCLI):
         check_data(self.data_settings, positions)
         if self.samples.prompts:
             check_prompts(self.samples.prompts, self.load_tokenizer(), positions, "evaluation.prompts")
-        if self.collapse.plan is not None:
-            return
-        depth = depth_of(config)
-        check_collapse(self.collapse_settings, depth)
-        plan_of_source(s.source, depth)
-        if self.collapse_settings.plan is None and self.collapse_settings.remove is None:
-            read_calibration(self.collapse_settings.calibration)
+        if self.collapse.plan is None:
+            say, trains = rank_zero_only(partial(print, flush=True)), self.subcommand == "fit"
+            check_start(s, self.collapse_settings, config, self.dtype, trains=trains, say=say)
 
     def _collapse_callback(self) -> LayerCollapse:
         path = self._get(self.config_init, "ckpt_path")
@@ -295,7 +291,7 @@ class RecipeCLI(LightningCLI):
         try:
             with ending_children(self.trainer):
                 super()._run_subcommand(subcommand)
-        except (InputError, MisconfigurationException):
+        except (InputError, MisconfigurationException, KeyboardInterrupt):
             leave_no_trace(self.trainer, self._depth_of_folder)
             raise
         except SIGTERMException as error:
@@ -376,7 +372,7 @@ class RecipeCLI(LightningCLI):
             base_model=plan.source if plan.rounds else self.model_settings.source,
             recipe=self.recipe,
             method=self.model_settings.method,
-            data=self.datamodule.summary(),
+            data=told_of_run(self.datamodule.summary(), self.data_settings, self.model_settings),
             losses={**self.collapse.losses, "trained": self.curves.validation[-1][2]},
             tokens=self.curves.tokens - self.model.refined_tokens,
             steps=self.trainer.global_step,

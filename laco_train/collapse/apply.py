@@ -234,20 +234,25 @@ def apply_plan(model: PreTrainedModel, plan: CollapsePlan, *, weights_follow: bo
 
 def refuse_other_model(decoder: Decoder, plan: CollapsePlan) -> None:
     """InputError unless `plan` was made for this very model, and can be applied at all."""
+    refuse_unlike_model(plan, decoder.depth, decoder.model.dtype)
+    if plan.source_fingerprint != fingerprint(decoder.model):
+        raise InputError("collapse.plan", f"was made for another model ({plan.source}): fingerprints differ")
+
+
+def refuse_unlike_model(plan: CollapsePlan, depth: int, dtype: torch.dtype) -> None:
+    """InputError unless `plan` can be applied to a model of `depth` layers and weights of `dtype`; none is read."""
     if plan.rounds:
         raise InputError(
             "collapse.plan",
             f"is composed of {len(plan.rounds)} rounds with training between them, so that it says where layers come "
             "from and can't be applied; name the collapse_plan.json of one round",
         )
-    if plan.source_depth != decoder.depth:
+    if plan.source_depth != depth:
         raise InputError(
-            "collapse.plan", f"was made for {plan.source_depth} layers ({plan.source}), this model has {decoder.depth}"
+            "collapse.plan", f"was made for {plan.source_depth} layers ({plan.source}), this model has {depth}"
         )
-    dtype = str(decoder.model.dtype).removeprefix("torch.")
-    if plan.dtype != dtype:
+    given = str(dtype).removeprefix("torch.")
+    if plan.dtype != given:
         raise InputError(
-            "collapse.plan", f"was made for {plan.dtype} weights, these are {dtype}; set model.dtype: {plan.dtype}"
+            "collapse.plan", f"was made for {plan.dtype} weights, these are {given}; set model.dtype: {plan.dtype}"
         )
-    if plan.source_fingerprint != fingerprint(decoder.model):
-        raise InputError("collapse.plan", f"was made for another model ({plan.source}): fingerprints differ")

@@ -8,12 +8,14 @@ import math
 import time
 from collections.abc import Sequence
 
+from laco_train.checks import target_key
 from laco_train.collapse.choice import Choice, OnCandidate, Tried
 from laco_train.collapse.merge import DROP
 from laco_train.collapse.plan import Candidate, Merge
-from laco_train.collapse.search import DEFAULT_THRESHOLD, refuse_if_all_skipped, refuse_unmergeable
+from laco_train.collapse.search import DEFAULT_THRESHOLD
 from laco_train.collapse.slots import Measured, Removal, Trial
 from laco_train.collapse.walk import Walk
+from laco_train.collapse.windows import refuse_unmergeable, what_helps
 from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings
 
@@ -27,14 +29,16 @@ def greedy(walk: Walk, settings: CollapseSettings, target: int | None, on_candid
     where Algorithm 1 may put them: layers below L, and H and those above it, stay as they are.
 
     Raises:
-        InputError: no window is left before the target is reached; a loss is asked for that can't be had.
+        InputError: no window can merge, see `refuse_unmergeable`, or none is left before the target is reached; a loss
+            is asked for that can't be had.
     """
-    refuse_unmergeable(walk, settings)
+    refuse_unmergeable(walk.decoder, [settings], target)
     by_loss = settings.criterion == "loss"
     threshold = None
     if target is None:
         threshold = DEFAULT_THRESHOLD if settings.similarity_threshold is None else settings.similarity_threshold
     tried, merges = Tried(on_candidate), []
+    refusals: dict[Trial, str] = {}
     while target is None or len(walk.slots) > target:
         began = time.perf_counter()
         walk.states()
@@ -52,16 +56,16 @@ def greedy(walk: Walk, settings: CollapseSettings, target: int | None, on_candid
             skipped = None if value else refusals.get(trial, _NOT_FINITE)
             similarity, loss = (value.similarity, value.loss) if value else (None, None)
             tried.note(Candidate(trial.at, trial.absorbed, similarity, trial == best, seconds, skipped, score=loss))
-        refuse_if_all_skipped(tried)
         if best is None:
             break
         merges.append(Merge(best.at, best.absorbed, found[best].similarity))
         walk.accept(best)
     if target is not None and len(walk.slots) > target:
+        helps = what_helps(refusals.values()) or "raise C or H, lower L, or set another collapse.strategy"
         raise InputError(
-            "collapse.target_depth",
+            target_key(settings),
             f"greedy reaches no less than {len(walk.slots)} layers with C = {settings.layers_per_merge} and L = "
-            f"{settings.lowest_layer}, not {target}; raise C or H, lower L, or set another collapse.strategy",
+            f"{settings.lowest_layer}, not {target}; {helps}",
         )
     return Choice(settings.merge_rule, tuple(merges), candidates=tuple(tried), threshold=threshold)
 

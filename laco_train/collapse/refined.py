@@ -19,6 +19,13 @@ def refined_file(decoder: Decoder, fitted: Fitted) -> tuple[Refined, bytes]:
     return Refined.of(content, fitted.tokens, fitted.seconds), content
 
 
+def refuse_missing_weights(plan: CollapsePlan) -> None:
+    """InputError if the file of fitted weights that `plan` names was not beside it."""
+    if plan.refined is not None and plan.refined_weights is None:
+        name = plan.refined.file
+        raise InputError("collapse.plan", f"its weights are in {name}, which is missing; put it beside the plan")
+
+
 def refined_tensors(decoder: Decoder, plan: CollapsePlan, *, may_miss: bool) -> dict[str, Tensor]:
     """The tensors of `plan` by their names in the collapsed model; `decoder` is the source's.
 
@@ -26,13 +33,11 @@ def refined_tensors(decoder: Decoder, plan: CollapsePlan, *, may_miss: bool) -> 
         InputError: they are not at hand (unless they `may_miss`), are not weights of this model, or lack some of a
             layer that a strategy fitted.
     """
-    if plan.refined is None:
+    if not may_miss:
+        refuse_missing_weights(plan)
+    if plan.refined is None or plan.refined_weights is None:
         return {}
     name = plan.refined.file
-    if plan.refined_weights is None:
-        if may_miss:
-            return {}
-        raise InputError("collapse.plan", f"its weights are in {name}, which is missing; put it beside the plan")
     try:
         tensors = safetensors.torch.load(plan.refined_weights)
     except SafetensorError as error:

@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from laco_train.collapse.plan import Candidate, CollapsePlan
+from laco_train.collapse.plan import CollapsePlan
+from laco_train.collapse.unmerged import nothing_merged, thresholds_to_try
+from laco_train.collapse.windows import what_helps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,10 +27,12 @@ def describe(plan: CollapsePlan) -> list[str]:
     p = plan.parameters
     if plan.strategy == "none":
         return [f"Kept all {plan.depth} layers ({p.before:,} parameters)"]
-    lines = [
-        f"Collapsed {plan.source_depth} layers to {plan.depth} "
-        f"({p.before:,} to {p.after:,} parameters, {100 * p.ratio:.1f}% removed)"
-    ]
+    lines = [f"Nothing was collapsed: all {plan.depth} layers stay ({p.before:,} parameters)"]
+    if not nothing_merged(plan):
+        lines = [
+            f"Collapsed {plan.source_depth} layers to {plan.depth} "
+            f"({p.before:,} to {p.after:,} parameters, {100 * p.ratio:.1f}% removed)"
+        ]
     asked = asked_depth(plan)
     if asked is not None:
         at = plan.settings["similarity_threshold"]
@@ -46,11 +50,12 @@ def describe(plan: CollapsePlan) -> list[str]:
     if plan.refined is not None:
         r = plan.refined
         lines.append(f"  fitted on {r.tokens:,} tokens in {r.seconds:.1f} s; weights in {r.file}")
-    if plan.candidates and plan.depth == plan.source_depth:
-        lines += _nothing_accepted(plan)
-    skipped = [c for c in plan.candidates if c.skipped]
+    if plan.candidates and nothing_merged(plan):
+        lines += thresholds_to_try(plan)
+    skipped = [c.skipped for c in plan.candidates if c.skipped]
     if skipped:
-        lines.append(f"  {len(skipped)} windows skipped: {skipped[0].skipped}")
+        helps = what_helps(skipped)
+        lines.append(f"  {helps}" if helps else f"  {len(skipped)} windows skipped: {skipped[0]}")
     return lines + _losses(plan)
 
 
@@ -61,41 +66,6 @@ def asked_depth(plan: CollapsePlan) -> int | None:
         return depth
     layer = (plan.parameters.before - plan.parameters.after) / (plan.source_depth - plan.depth)
     return plan.source_depth - round(ratio * plan.parameters.before / layer)
-
-
-def _nothing_accepted(plan: CollapsePlan) -> list[str]:
-    threshold = plan.settings["similarity_threshold"]
-    tried = [c for c in plan.candidates if c.similarity is not None]
-    if not tried:
-        return ["  nothing was accepted: no merge could be measured"]
-    first = _first_accepted(tried, in_order=plan.strategy == "laco")
-    similarity, best = first[0]
-    return [
-        f"  nothing was accepted: of {len(tried)} merges tried, the best had similarity {similarity:.4f} "
-        f"(layer {best.layer}), not above T = {threshold}; "
-        "lower collapse.similarity_threshold or collapse.layers_per_merge",
-        *(
-            f"  below T = {similarity:.4f} layers {c.layer} to {c.layer + c.absorbed} would merge first"
-            for similarity, c in first[:3]
-        ),
-    ]
-
-
-def _first_accepted(tried: list[Candidate], *, in_order: bool) -> list[tuple[float, Candidate]]:
-    """As T falls: below which similarity which candidate is the first to be accepted.
-
-    Args:
-        tried: candidates of a search that accepted none.
-        in_order: the search takes the first that is above T, and not the best.
-    """
-    ahead, result = tried, []
-    while ahead:
-        index = max(range(len(ahead)), key=lambda i: ahead[i].similarity or -1.0)
-        best = ahead[index]
-        assert best.similarity is not None
-        result.append((best.similarity, best))
-        ahead = ahead[:index] if in_order else []
-    return result
 
 
 def _losses(plan: CollapsePlan) -> list[str]:

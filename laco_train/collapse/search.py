@@ -7,13 +7,14 @@ decision where that is cheaper: until one is accepted, the standing model does n
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from laco_train.collapse.merge import DROP
+from laco_train.checks import target_key
 from laco_train.collapse.plan import Candidate
 from laco_train.collapse.slots import Trial
 from laco_train.collapse.walk import Walk
+from laco_train.collapse.windows import refuse_unmergeable, what_helps
 from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings
 
@@ -29,16 +30,6 @@ class Found:
     threshold: float
 
 
-def refuse_unmergeable(walk: Walk, settings: CollapseSettings) -> None:
-    """InputError for a rule that sums what is not aligned: experts."""
-    family = walk.decoder.family
-    if family.experts and settings.merge_rule != DROP:
-        raise InputError(
-            "collapse.merge_rule",
-            f"{settings.merge_rule} can't join experts, which are not aligned across layers of {family.name}; use drop",
-        )
-
-
 def laco(walk: Walk, settings: CollapseSettings, target: int | None, on_candidate: OnCandidate | None) -> Found:
     """Algorithm 1 at T, or at the largest threshold whose plan is at most `target` layers deep.
 
@@ -47,9 +38,9 @@ def laco(walk: Walk, settings: CollapseSettings, target: int | None, on_candidat
     down belongs to the largest such threshold. All runs share what was computed.
 
     Raises:
-        InputError: every window was skipped, or no threshold reaches `target`.
+        InputError: no window can merge, see `refuse_unmergeable`, or no threshold reaches `target`.
     """
-    refuse_unmergeable(walk, settings)
+    refuse_unmergeable(walk.decoder, [settings], target)
     threshold = settings.similarity_threshold
     if threshold is None:
         threshold = DEFAULT_THRESHOLD if target is None else 1.0
@@ -57,17 +48,17 @@ def laco(walk: Walk, settings: CollapseSettings, target: int | None, on_candidat
     while True:
         walk.reset()
         candidates = algorithm_1(walk, settings, threshold, target, on_candidate)
-        refuse_if_all_skipped(candidates)
         shallowest = min(shallowest, len(walk.slots))
         if target is None or len(walk.slots) <= target:
             return Found(candidates, threshold)
         rejected = [c.similarity for c in candidates if not c.accepted and c.similarity is not None]
         below = [similarity for similarity in rejected if similarity <= threshold]
         if not below:
+            helps = what_helps(c.skipped for c in candidates) or "raise C, lower I or L, or set collapse.strategy"
             raise InputError(
-                "collapse.target_depth",
+                target_key(settings),
                 f"no threshold reaches {target} layers with C = {settings.layers_per_merge} and L = "
-                f"{settings.lowest_layer}: the least is {shallowest}; raise C, lower I or L, or set collapse.strategy",
+                f"{settings.lowest_layer}: the least is {shallowest}; {helps}",
             )
         threshold = math.nextafter(max(below), -math.inf)  # a merge is kept only strictly above T
 
@@ -114,14 +105,3 @@ def _ahead(walk: Walk, settings: CollapseSettings, pointer: int, floor: int) -> 
     most = min(settings.layers_per_merge - 1, len(walk.slots) - floor)
     pointers = range(pointer, lowest - 1, -1)
     return [Trial(at - 1, min(most, len(walk.slots) - at)) for at in pointers][: walk.trials_ahead]
-
-
-def refuse_if_all_skipped(candidates: Sequence[Candidate]) -> None:
-    """InputError if layer types alone kept every window from being tried."""
-    if candidates and all(candidate.skipped == "layers of unlike types" for candidate in candidates):
-        sizes = sorted({candidate.absorbed + 1 for candidate in candidates})
-        raise InputError(
-            "collapse.mixed_types",
-            f"every window of {' or '.join(map(str, sizes))} layers mixes layer types, so all were skipped; "
-            "set collapse.mixed_types to first, or collapse.merge_rule to drop",
-        )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laco_train.collapse.decoder import Decoder
 from laco_train.collapse.loss import CalibrationLoss
-from laco_train.collapse.merge import DROP, merge_weights, merged_names
+from laco_train.collapse.merge import merge_weights, merged_names
 from laco_train.collapse.placement import OnDevice, Streamed
 from laco_train.collapse.similarity import (
     CalibrationBatch,
@@ -27,6 +27,7 @@ from laco_train.collapse.similarity import (
     states_to_come,
 )
 from laco_train.collapse.slots import Measured, Removal, Slot, Trial
+from laco_train.collapse.windows import Likeness
 from laco_train.settings import CollapseSettings
 
 # Tokens that go through a layer at once on a GPU: enough to keep it busy, few enough to keep activations small.
@@ -67,7 +68,7 @@ class Walk:
             Slot(index, layer, dict(layer.named_parameters()), {}, index) for index, layer in enumerate(decoder.stack)
         ]
         self._names = [merged_names(layer, settings.merge_norms) for layer in decoder.stack]
-        self._shapes = [tuple((name, tuple(p.shape)) for name, p in slot.own.items()) for slot in self._originals]
+        self._likeness = Likeness(decoder, settings)
         if isinstance(placement, OnDevice):
             self.original: OriginalStates = original_states(decoder, batch)
         else:
@@ -108,14 +109,7 @@ class Walk:
 
     def refusal(self, trial: Trial) -> str | None:
         """Why the window of `trial` can't merge, or None."""
-        if self.settings.merge_rule == DROP:
-            return None
-        window = self.slots[trial.at : trial.end]
-        if len({self._shapes[slot.origin] for slot in window}) > 1:
-            return "layers of unequal shapes"
-        if self.settings.mixed_types == "skip" and len({self.decoder.layer_type(slot.origin) for slot in window}) > 1:
-            return "layers of unlike types"
-        return None
+        return self._likeness.refusal([slot.origin for slot in self.slots[trial.at : trial.end]])
 
     def merged(self, trial: Trial) -> Slot:
         """The slot that the window of `trial` becomes."""

@@ -12,6 +12,7 @@ import yaml
 from laco_train.collapse import CollapsePlan
 from laco_train.export.licence import Licence
 from laco_train.export.measured import Evaluated, evaluation_section, model_index
+from laco_train.export.trained import training_lines
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class CardFacts:
         base_model: what ``model.source`` named.
         recipe: name of the recipe.
         method: ``full``, ``lora`` or ``last_layers``.
-        data: what it was trained on, as label: value, such as {"train": "austen.jsonl.gz", "block_size": 1024}.
+        data: what it was trained on, by role, as `told_of_run` gives it; any other label: value is told as it is. Of
+            several rounds train has `refined_tokens` too, those of all.
         losses: validation losses in nats per token, in order, such as original, collapsed, trained.
         tokens: tokens trained on.
         steps: optimizer steps.
@@ -88,7 +90,7 @@ def model_card(facts: CardFacts, plan: CollapsePlan | None, packaging: Packaging
     sections = [_metadata(facts, packaging), _what(facts, plan, kept_apart="lora" in packaging.tags)]
     if plan is not None:
         sections.append(_layers(plan))
-    sections += [_training(facts), evaluation_section(facts.evaluations)]
+    sections += [_training(facts, plan), evaluation_section(facts.evaluations)]
     sections += [f"## Use\n\n{packaging.use}", f"## Proof\n\n{packaging.proof}"]
     return "\n".join(section for section in sections if section)
 
@@ -202,12 +204,15 @@ def _listed(indices: tuple[int, ...]) -> str:
     return ", ".join(map(str, indices))
 
 
-def _training(facts: CardFacts) -> str:
+def _training(facts: CardFacts, plan: CollapsePlan | None) -> str:
     parts = ["## Training and loss", ""]
     if facts.steps:
         parts += [f"{facts.tokens:,} tokens in {facts.steps:,} optimizer steps (method `{facts.method}`).", ""]
-    if facts.data:
-        parts += [*(f"- {label}: {value}" for label, value in facts.data.items()), ""]
+    refined = 0 if plan is None else plan.refinement.tokens
+    train = facts.data.get("train")
+    lines = training_lines(facts.data, train.get("refined_tokens", refined) if isinstance(train, dict) else refined)
+    if lines:
+        parts += [*lines, ""]
     if facts.losses:
         rows = [f"| {name} | {loss:.3f} | {_perplexity(loss)} |" for name, loss in facts.losses.items()]
         parts += ["| model | validation loss, nats per token | perplexity |", "|---|---|---|", *rows, ""]

@@ -1,5 +1,6 @@
 """ONNX: the forward pass as one graph, float32 weights beside it; no KV cache."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from laco_train.export.runtime_proof import Ids, greedy_by_checking, prove_equal
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FILE = "model.onnx"
+_LONGEST_REASON = 300
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -68,13 +70,23 @@ print(tokenizer.decode(session.run(["logits"], inputs)[0][0, -1].argmax()))
                     dynamic_shapes=(shapes,) * len(INPUTS),
                 )
         except torch.onnx.errors.OnnxExporterError as error:
+            kind = model.config.model_type
             raise TrainingStopped(
-                f"export: torch.onnx can't export this model: {str(error).splitlines()[0]}"
+                f"export: torch.onnx can't export this {kind}, nothing was exported: {reason_of(error)}; "
+                "another --format may, or another version of torch and onnxscript"
             ) from error
 
     def prove(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
         """Lines of the proof; TrainingStopped if there is none."""
         return prove_equal(model, Session(folder, model), tokenizer).lines()
+
+
+def reason_of(error: BaseException) -> str:
+    """What first went wrong, in a line: torch's own error tells which step failed, in colours, and its causes why."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    words = re.sub(r"\x1b\[[\d;]*m", "", str(error)).split("\n\n")[0].split()
+    return f"{type(error).__name__}: {' '.join(words)[:_LONGEST_REASON]}"
 
 
 class Session:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from laco_train.collapse import CollapsePlan
 from laco_train.collapse.plan import Refined, Refinement
 from laco_train.errors import InputError
+from laco_train.precision import refuse_float16
 from laco_train.refine.closed_form import solve_windows
 from laco_train.refine.place import Place
 from laco_train.refine.windows import windows_of
@@ -51,8 +52,10 @@ def refine(
         that the strategy fitted, and of refinement apart, added to those of one before.
 
     Raises:
-        InputError: fewer tokens than a batch has, or a loss that is not finite.
+        InputError: fewer tokens than a batch has, weights of float16 that would descend, or a loss that is not finite.
     """
+    if settings.windows < 1:  # before windows are solved
+        refuse_float16(p.dtype for p in collapsed.parameters())
     each = batches[0]["input_ids"].numel()
     steps = settings.tokens // each
     if steps < 1:

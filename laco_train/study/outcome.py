@@ -53,5 +53,6 @@ def print_outcome(study: Study) -> None:
         busy = [arm for arm in study.settings.arms if is_held(study.folder, arm)]
         if busy and not study.settings.ratios:
             print(f"Inference is not measured: other processes run {', '.join(busy)}; the last to end measures it.")
-        print(f"Report: {write_report(study.folder, speed=not busy)}")
+        trusted = study.shared["model"]["trust_remote_code"]
+        print(f"Report: {write_report(study.folder, speed=not busy, trust_remote_code=trusted)}")
     print(f"Study: {study.folder}   curves: tensorboard --logdir {study.folder}", flush=True)

@@ -26,20 +26,29 @@ def fit_process(arguments: list[str], log: Path) -> int:
         with _passing_on(process) as received:
             code = process.wait()
     if received:
+        print(f"{signal.Signals(received[0]).name}: stopped; the same command goes on with it.", flush=True)
         raise SystemExit(128 + received[0])
     return code
 
 
 @contextmanager
 def _passing_on(process: "subprocess.Popen[bytes]") -> Iterator[list[int]]:
-    """Signals that fit ends at go to `process`; gives a list of those that came. It never outlives the block."""
+    """Signals that fit ends at go to `process`; gives a list of those that came. It never outlives the block.
+
+    A second SIGINT is what it was before the block.
+    """
     received: list[int] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
+            number = signal.SIGTERM  # the keyboard's has reached fit too, which a second one would end at once
         process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
     try:
         yield received
     finally:

@@ -75,7 +75,7 @@ class Comparison:
         return [those[0].arm.name for those in by_depth(rivals_of(self.measures, self.reference))]
 
 
-def write_report(folder: Path, *, speed: bool = True) -> Path:
+def write_report(folder: Path, *, speed: bool = True, trust_remote_code: bool = False) -> Path:
     """Write the report of the study in `folder` to its ``report`` folder, and return the path of the page.
 
     What an earlier report left there is replaced.
@@ -83,6 +83,7 @@ def write_report(folder: Path, *, speed: bool = True) -> Path:
     Args:
         folder: of the study.
         speed: measure inference of the exports.
+        trust_remote_code: run Python code that comes with them to measure it.
 
     Raises:
         InputError: no arm of it is finished, or a run can't be read.
@@ -96,7 +97,7 @@ def write_report(folder: Path, *, speed: bool = True) -> Path:
             page = write_ratio_report(runs, title, warnings, aside)
         else:
             arms = arms_of(runs)
-            speeds = measure_speeds(exports(arms)) if speed else None
+            speeds = measure_speeds(exports(arms), trust_remote_code=trust_remote_code) if speed else None
             page = write_comparison(compare(arms, title=title, speeds=speeds, warnings=warnings), aside)
         shutil.rmtree(output, ignore_errors=True)
         aside.rename(output)

@@ -44,15 +44,22 @@ class Speeds:
     method: str
 
 
-def measure_speeds(folders: Sequence[Path], on_turn: Callable[[int, int], None] | None = None) -> Speeds:
+def measure_speeds(
+    folders: Sequence[Path],
+    on_turn: Callable[[int, int], None] | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Speeds:
     """Measure the exports in `folders` by turns; see `measure`.
 
     Args:
         folders: Hugging Face folders.
         on_turn: called after each model's turn with how many are done, of how many.
+        trust_remote_code: run Python code that comes with the models.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = measure({str(folder): partial(load_as_saved, str(folder)) for folder in folders}, WORK, device, on_turn)
+    load = partial(load_as_saved, trust_remote_code=trust_remote_code)
+    found = measure({str(folder): partial(load, str(folder)) for folder in folders}, WORK, device, on_turn)
     method = (
         f"prompt of {WORK.prompt} tokens, {WORK.new} generated after the first, batch 1, the type of the export, plain "
         f"Transformers, medians of {WORK.turns} turns; {memory_in_words(device)}"

@@ -1,8 +1,11 @@
 """LoRA adapters, by peft."""
 
+import warnings
+
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from laco_train.collapse import decoder_of
 from laco_train.errors import InputError
 from laco_train.settings import LoraSettings
 
@@ -29,11 +32,34 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     try:
-        wrapped = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # peft 0.21 reads the property that transformers 5.23 renames
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            wrapped = get_peft_model(model, config)
     except ValueError as error:  # a matrix of a module of another kind, such as a router's
         raise InputError("model.lora.targets", str(error).splitlines()[0]) from error
     assert isinstance(wrapped, PeftModel)
     return wrapped
+
+
+def left_alone(model: PeftModel) -> str | None:
+    """A line on the matrices of the layers that have no adapter, such as experts; None if all have one.
+
+    Args:
+        model: with adapters; its weights need not be at hand.
+    """
+    layers = decoder_of(model.get_base_model()).stack  # type: ignore[arg-type]
+    frozen = {name: p.numel() for name, p in layers.named_parameters() if p.ndim > 1 and _is_own_weight(name)}
+    alone = {name: size for name, size in frozen.items() if ".base_layer." not in name}
+    if not alone:
+        return None
+    modules = sorted({name.split(".")[-2] for name in alone})
+    share = 100 * sum(alone.values()) / sum(frozen.values())
+    return f"LoRA adapts no weights of {', '.join(modules)}: {share:.0f}% of those in the layers' matrices don't train."
+
+
+def _is_own_weight(name: str) -> bool:
+    return ".lora_" not in name and not name.endswith("bias")
 
 
 def _refuse_unmatched(model: PreTrainedModel, targets: list[str]) -> None:

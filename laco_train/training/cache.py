@@ -4,8 +4,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from laco_train.training.encode import encode_conversations, encode_texts
 from laco_train.training.packing import IGNORED, Block, Encoded, pack_text, pack_whole
 from laco_train.training.sources import Row, Source
 
-_VERSION = 1  # raise it when the same request would give other blocks
+_TEXT_VERSION, _CHAT_VERSION = 1, 2  # raise one when the same request would give other blocks
 _SUMMARY = "summary.json"
 _GROUP_DOCUMENTS, _GROUP_CHARACTERS = 256, 1_000_000  # tokenised in one call
 
@@ -82,13 +82,13 @@ class Summary:
     """What a packed set holds.
 
     Attributes:
-        documents: documents or conversations packed.
+        documents: documents or conversations that begin in a block.
         tokens: tokens in the blocks, without padding.
         blocks: number of blocks.
         duplicates: documents left out because validation holds the same text.
         skipped: conversations left out because no assistant's turn begins inside a block.
         sha256: over the three columns of all blocks, in order.
-        digests: sha256 of each document packed, in order; kept for validation only.
+        digests: sha256 of each document read for it, in order; kept for validation only.
     """
 
     documents: int = 0
@@ -171,7 +171,7 @@ def fingerprint(request: Request, tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex name of the packed set: equal if, and only if, the same blocks would come out."""
     selection = request.selection
     parts = {
-        "version": _VERSION,
+        "version": _CHAT_VERSION if request.chat else _TEXT_VERSION,
         **{name: getattr(request, name) for name in ("key", "column", "chat", "block_size", "max_tokens")},
         "sources": [source.identity() for source in request.sources],
         "selection": [
@@ -203,8 +203,8 @@ def _examples(request: Request, tokenizer: PreTrainedTokenizerBase, summary_file
     encoded = _counted(_encoded(request, tokenizer, summary, seen), request, summary, seen)
     blocks: Iterator[Block]
     if request.chat:
-        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        blocks = pack_whole(encoded, request.block_size, pad_id)
+        # a pad token that was added to the tokenizer alone has no embedding; any token will do, as none is learned
+        blocks = pack_whole(encoded, request.block_size, tokenizer.eos_token_id)
     else:
         blocks = pack_text(encoded, request.block_size)
     limit = None if request.max_tokens is None else request.max_tokens // request.block_size
@@ -212,18 +212,18 @@ def _examples(request: Request, tokenizer: PreTrainedTokenizerBase, summary_file
         row = {"input_ids": block.input_ids, "labels": block.labels, "position_ids": block.position_ids}
         for values in row.values():
             sha.update(values.tobytes())
+        summary.documents += block.documents
         summary.tokens += block.filled
         summary.blocks += 1
         yield row
     if not summary.blocks:
-        raise _explain(request, summary, seen)
+        raise _explain(request, tokenizer, summary, seen)
     summary.sha256 = sha.hexdigest()
     write_whole(summary_file, json.dumps(asdict(summary)))
 
 
 def _counted(documents: Iterable[Encoded], request: Request, summary: Summary, seen: _Seen) -> Iterator[Encoded]:
     for document in documents:
-        summary.documents += 1
         seen.tokens += len(document.ids)
         if request.key == "data.validation":
             summary.digests.append(document.digest)
@@ -279,7 +279,7 @@ def canonical_text(row: Row, chat: bool) -> str:
     return row.value
 
 
-def _explain(request: Request, summary: Summary, seen: _Seen) -> InputError:
+def _explain(request: Request, tokenizer: PreTrainedTokenizerBase, summary: Summary, seen: _Seen) -> InputError:
     """Why there is not one block."""
     selection, held = request.selection, f"{seen.documents} documents of data.train"
     if seen.documents == 0:
@@ -293,8 +293,8 @@ def _explain(request: Request, summary: Summary, seen: _Seen) -> InputError:
     if seen.taken == 0 and selection.held_out:
         return InputError(
             "data.validation",
-            f"the share of {selection.fraction} held out caught none of the {held}; name a validation set, or raise "
-            "data.validation_fraction",
+            f"the share of {selection.fraction} held out caught none of the {held}; "
+            f"{_more_held_out(request, tokenizer)}",
         )
     if seen.taken == 0 and selection.fraction is not None:
         return InputError(
@@ -304,14 +304,38 @@ def _explain(request: Request, summary: Summary, seen: _Seen) -> InputError:
         )
     if seen.taken == 0:
         return InputError("data.validation", f"holds all of the {held}, so none is left to train on; name other text")
-    if summary.skipped and not summary.documents:
+    if summary.skipped:
         return InputError(
             request.key,
             f"none of {summary.skipped} conversations has an assistant's turn in its first {request.block_size} "
             "tokens; raise data.block_size or name other conversations",
         )
-    fix = "raise data.validation_fraction" if selection.held_out else "name more text"
+    fix = _more_held_out(request, tokenizer) if selection.held_out else "name more text"
     return InputError(
         request.key,
         f"holds {seen.tokens} tokens, less than one block of {request.block_size}; {fix}, or lower data.block_size",
     )
+
+
+def _more_held_out(request: Request, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to do where the documents held out make no block."""
+    fraction = _least_fraction(request, tokenizer)
+    raised = "" if fraction is None else f", or raise data.validation_fraction to {fraction}"
+    return f"name a validation set{raised}"
+
+
+def _least_fraction(request: Request, tokenizer: PreTrainedTokenizerBase) -> float | None:
+    """The least share, of four decimals, at which what is held out makes a block and the rest another; None: there is
+    none. All documents are read and tokenised again, as only an error needs to know.
+    """
+    everything = replace(request, selection=Selection())
+    # in the order of their digests the share catches them
+    found = sorted((d.digest, len(d.ids)) for d in _encoded(everything, tokenizer, Summary(), _Seen()))
+    needed = 1 if request.chat else request.block_size  # a conversation is padded to a block
+    totals = accumulate(tokens for _, tokens in found)
+    last = next((digest for (digest, _), total in zip(found, totals, strict=True) if total >= needed), None)
+    if last is None:
+        return None
+    fraction = ((int(last[:16], 16) * 10_000 >> 64) + 1) / 10_000
+    left = sum(tokens for digest, tokens in found if Selection(fraction).takes(digest))
+    return fraction if left >= needed else None

@@ -17,7 +17,7 @@ from laco_train.errors import InputError
 from laco_train.settings import DataSettings
 from laco_train.training.cache import Request, Selection, Summary, open_packed
 from laco_train.training.sampler import BlockLoader, BlockSampler
-from laco_train.training.sources import HubSet, Source, resolve
+from laco_train.training.sources import HubSet, Source, cut_finely, resolve
 
 
 def collate(blocks: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -164,6 +164,8 @@ class PackedText(LightningDataModule):
         train = resolve("data.train", s.train)
         own = None if s.validation is None else resolve("data.validation", s.validation)
         _check_bounds(s, train, train if own is None else own)
+        if own is None or s.sweep_fraction:
+            train = cut_finely(train)
         tokenizer = self._tokenizer()
         if tokenizer.eos_token_id is None:
             raise InputError("model.source", "its tokenizer has no end-of-text token; set eos_token in its config")

@@ -14,7 +14,8 @@ class OurDDP(DDPStrategy):
     """Lightning's DDP on the stream that trains, with gradients that lie in their buckets, and larger ones.
 
     Lightning makes it on a stream of its own, as graphs of whole steps need; each gradient is then handed over to that
-    stream, of which torch warns (AccumulateGrad), and a gigabyte more is held at 135M. What Lightning would pass on to DDP, this does, ahead of its own.
+    stream, of which torch warns (AccumulateGrad), and a gigabyte more is held at 135M. What Lightning would pass on to
+    DDP, this does, ahead of its own.
     """
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from laco_train.errors import InputError
+from laco_train.precision import refuse_float16
 from laco_train.settings import OptimizerSettings, ScheduleSettings
 from laco_train.training.bf16_adamw import BF16AdamW
 
@@ -32,10 +33,11 @@ def adamw(model: nn.Module, settings: OptimizerSettings, seed: int = 0) -> Optim
         seed: of stochastic rounding; the same on all ranks.
 
     Raises:
-        InputError: 8-bit moments without torchao, off the GPU, or with exact small updates.
+        InputError: parameters of float16; 8-bit moments without torchao, off the GPU, or with exact small updates.
     """
     groups = [group for group in parameter_groups(model, settings.weight_decay) if group["params"]]
     parameters = [p for group in groups for p in group["params"]]
+    refuse_float16(p.dtype for p in parameters)
     bf16 = any(p.dtype == torch.bfloat16 for p in parameters)
     common: dict[str, Any] = {
         "lr": settings.learning_rate,

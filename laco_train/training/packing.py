@@ -37,12 +37,14 @@ class Block:
 
     Attributes:
         input_ids, labels, position_ids: (block_size,) each.
+        documents: number of those that begin in it.
     """
 
     input_ids: Ids
     labels: Ids
     position_ids: Ids
     filled: int
+    documents: int
 
 
 class _Draft:
@@ -53,26 +55,27 @@ class _Draft:
         self.labels = np.empty(size, np.int32)
         self.position_ids = np.empty(size, np.int32)
         self.fill = 0
+        self.documents = 0
 
     @property
     def space(self) -> int:
         return len(self.input_ids) - self.fill
 
     def put(self, ids: Ids, labels: Ids) -> None:
-        """Append a piece that fits; its positions start at 0."""
+        """Append a piece that fits, of a document or padding; its positions start at 0."""
         part = slice(self.fill, self.fill + len(ids))
         self.input_ids[part], self.labels[part] = ids, labels
         self.position_ids[part] = np.arange(len(ids))
         self.fill = part.stop
 
     def full(self) -> Block:
-        return Block(self.input_ids, self.labels, self.position_ids, filled=self.fill)
+        return Block(self.input_ids, self.labels, self.position_ids, self.fill, self.documents)
 
     def padded(self, pad_id: int) -> Block:
         filled = self.fill
         padding = np.full(self.space, pad_id, np.int32)
         self.put(padding, np.full_like(padding, IGNORED))
-        return Block(self.input_ids, self.labels, self.position_ids, filled)
+        return Block(self.input_ids, self.labels, self.position_ids, filled, self.documents)
 
 
 def pack_text(documents: Iterable[Encoded], block_size: int) -> Iterator[Block]:
@@ -86,6 +89,7 @@ def pack_text(documents: Iterable[Encoded], block_size: int) -> Iterator[Block]:
         while start < len(document.ids):
             part = slice(start, start + draft.space)
             draft.put(document.ids[part], document.labels[part])
+            draft.documents += start == 0
             start = part.stop
             if draft.space == 0:
                 yield draft.full()
@@ -103,5 +107,6 @@ def pack_whole(documents: Iterable[Encoded], block_size: int, pad_id: int) -> It
             yield draft.padded(pad_id)
             draft = _Draft(block_size)
         draft.put(document.ids, document.labels)
+        draft.documents += 1
     if draft.fill:
         yield draft.padded(pad_id)

@@ -2,8 +2,9 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from laco_train.collapse import fingerprint
 from laco_train.errors import InputError
-from laco_train.models import load_config, load_model
+from laco_train.models import load_config, load_model, resolve_folder
+from laco_train.models.checks import SOURCE, check_weight_files
+from laco_train.models.sources import require_safetensors
 from laco_train.progress import bar
 from laco_train.settings import ModelSettings
 from laco_train.training.data import PackedText, collate
@@ -79,9 +82,8 @@ def make_teacher(
             too little room on the disk.
     """
     s = settings.distill
-    source = settings.source if s.teacher is None else s.teacher
     layers = matched_layers(lineage, source_depth) if s.hidden > 0 else ()
-    model = _load(source, settings, source_depth if layers else None, place.dtype)
+    model = _load(settings, source_depth if layers else None, place.dtype)
     if not s.precomputed:
         return TeacherOnDevice(model.to(place.device), layers, logits=s.logits > 0)  # type: ignore[arg-type]
     shape = Shape(
@@ -121,6 +123,43 @@ def check_teacher(student: PretrainedConfig, teacher: PretrainedConfig, source: 
             raise InputError(KEY, f"{source} has {what} of {found}, and model.source one of {expected}; name another")
 
 
+def check_source(settings: ModelSettings, source_depth: int | None) -> None:
+    """Refuse the teacher of `settings` by its config and the names of its files; no weights are read.
+
+    Args:
+        source_depth: layers of the model that was collapsed, where hidden states are compared.
+
+    Raises:
+        InputError: it can't be read, or see `check_teacher`.
+    """
+    trusted, source = settings.trust_remote_code, teacher_of(settings)
+    student = load_config(settings.source, trust_remote_code=trusted)
+    with _naming_teacher():
+        teacher = load_config(source, trust_remote_code=trusted)
+        folder = resolve_folder(source)
+        if isinstance(folder, Path):
+            check_weight_files(folder, source)
+        else:
+            require_safetensors(folder)
+    check_teacher(student, teacher, source, source_depth)
+
+
+def teacher_of(settings: ModelSettings) -> str:
+    """What the teacher is loaded from."""
+    return settings.source if settings.distill.teacher is None else settings.distill.teacher
+
+
+@contextmanager
+def _naming_teacher() -> Iterator[None]:
+    """Let what is wrong with a model name the teacher's key, unless another key mends it."""
+    try:
+        yield
+    except InputError as error:
+        if error.key != SOURCE:
+            raise
+        raise InputError(KEY, str(error).removeprefix(f"{SOURCE}: ").replace(SOURCE, KEY)) from error
+
+
 def identity(model: PreTrainedModel) -> str:
     """Hex digest that tells `model` from others, also from one fine-tuned without its norms; cheap on any size."""
     digest = hashlib.sha256(fingerprint(model).encode())
@@ -131,15 +170,11 @@ def identity(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _load(source: str, settings: ModelSettings, source_depth: int | None, dtype: torch.dtype) -> PreTrainedModel:
+def _load(settings: ModelSettings, source_depth: int | None, dtype: torch.dtype) -> PreTrainedModel:
     """The teacher on the CPU, frozen and in eval mode."""
-    trusted = settings.trust_remote_code
-    student = load_config(settings.source, trust_remote_code=trusted)
-    try:
-        check_teacher(student, load_config(source, trust_remote_code=trusted), source, source_depth)
-        model = load_model(source, dtype=dtype, trust_remote_code=trusted)
-    except InputError as error:
-        raise InputError(KEY, str(error).removeprefix(f"{error.key}: ")) from error
+    check_source(settings, source_depth)
+    with _naming_teacher():
+        model = load_model(teacher_of(settings), dtype=dtype, trust_remote_code=settings.trust_remote_code)
     return model.requires_grad_(False)
 
 

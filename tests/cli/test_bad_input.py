@@ -178,11 +178,17 @@ def test_recipe_that_is_none(bad_project: Project, verb: list[str], recipe: str,
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
-        (["fit"], "model.source"),
+        (["fit"], "--recipe"),
+        (["study", "--arms", "laco"], "--recipe"),
+        (["fit", "--model.method", "lora"], "model.source"),
         (["fit", "--recipe"], "--recipe"),
         (["fit", "--recipe", "tiny.yaml", "--model.source"], "--model.source"),
         (["collapse", "--recipe", "tiny.yaml"], "--output"),
-        (["collapse", "--output", "new"], "model.source"),
+        (["collapse", "--output", "new"], "--recipe"),
+        (["collapse", "--output", "new", "--model.method", "lora"], "model.source"),
+        (["verify"], "folder"),
+        (["bench-inference"], "models"),
+        (["compare"], "runs"),
         (["export", "--output", "new"], "--checkpoint"),
         (["export", "--checkpoint", "c.ckpt"], "--output"),
         (["train"], "train"),
@@ -190,6 +196,76 @@ def test_recipe_that_is_none(bad_project: Project, verb: list[str], recipe: str,
 )
 def test_something_is_missing(bad_project: Project, arguments: list[str], key: str) -> None:
     assert refused(bad_project, *arguments)[0] == key
+
+
+STRAY = "stands without an option; "
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fit", "tiny.yaml"], "--recipe: is missing; write --recipe tiny.yaml"),
+        (["study", "tiny"], "--recipe: is missing; write --recipe tiny"),
+        (
+            ["fit", "--trainer.max_steps", "3"],
+            "--recipe: is missing; name one, by its path or one that is shipped (bai",
+        ),
+        ([*FIT, "other.yaml"], f"other.yaml: {STRAY}write --recipe other.yaml"),
+        ([*COLLAPSE, "there"], f"there: {STRAY}--help lists them"),
+        (["evaluate", "model"], f"model: {STRAY}write --model model"),
+        (["export", "model"], f"model: {STRAY}write --checkpoint model"),
+        (["verify", "one", "two"], f"two: {STRAY}--help lists them"),
+        (["verify"], "folder: is missing; the usage is `laco_train verify FOLDER`"),
+        (["verify", "--folder", "x"], "--folder: is unknown here; the usage is `laco_train verify FOLDER [options]`"),
+        (["bench-inference", "--model", "x"], "--model: is unknown here; the usage is `laco_train bench-inference MOD"),
+        (["fit", "--recipe", "arms.yaml"], "study.seeds: is of a study's recipe; run that with the verb study"),
+        ([*COLLAPSE[:2], "arms.yaml", "--output", "x"], "study.seeds: is of a study's recipe"),
+        (["study", "--recipe", "tiny.yaml"], "--recipe: tiny.yaml has no section study, so it is one of fit"),
+        (["evaluate", "--model", "missing/model", "--output", "x"], "model: there is no folder 'missing/model' here"),
+    ],
+)
+def test_what_a_first_user_may_write(bad_project: Project, arguments: list[str], said: str) -> None:
+    (bad_project.root / "arms.yaml").write_text(yaml.safe_dump({**RECIPE, "study": {"seeds": [0]}}))
+    assert ": ".join(refused(bad_project, *arguments)).startswith(said)
+
+
+PRECISIONS = (
+    "64, 32, 16, transformer-engine, transformer-engine-float16, 16-true, 16-mixed, bf16-true, bf16-mixed, 32-true, "
+    "64-true, bf16 or null"
+)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("collapse.highest_layer", "top", "must be int or null, is top"),
+        ("collapse.merge_rule", "median", "must be rdsc, last, mean or drop, is median"),
+        ("collapse.remove", "[1, one]", "must be a list of int or null, is [1, 'one']"),
+        ("export.enabled", "maybe", "must be true or false, is maybe"),
+        ("trainer.precision", "nonsense", f"must be {PRECISIONS}, is nonsense"),
+        ("trainer.callbacks", "Nobody", "must be a list of Callback, Callback or null, is Nobody"),
+        ("trainer.callbacks", "nowhere.Nobody", "nowhere.Nobody can't be used: No module named 'nowhere'"),
+        ("trainer.callbacks", "[{class_path: EarlyStopping}]", "monitor: is missing; give it"),
+        (
+            "trainer.logger",
+            "{class_path: CSVLogger, init_args: {save_dr: x}}",
+            "save_dr: is unknown here; --help lists",
+        ),
+        ("trainer.plugins", "x" * 100, f"or null, is {'x' * 80} ..."),
+        ("rounds", "[{target_depth: deep}]", "target_depth: must be int, is deep"),
+        ("model.distill", "yes", "is a section, but is 'yes'; write its keys, or leave it out"),
+    ],
+)
+def test_types_are_told_in_words(bad_project: Project, option: str, value: str, said: str) -> None:
+    key, problem = refused(bad_project, *FIT, f"--{option}", value)
+    assert key == option
+    assert said in problem and len(problem) < 240
+
+
+def test_options_of_verbs_without_recipe_are_told_as_they_are_written(bad_project: Project) -> None:
+    source = ["export", "--checkpoint", "x", "--output", "new", "--gguf-type", "q4"]
+    assert refused(bad_project, *source) == ("--gguf-type", "must be f16 or q8_0, is q4")
+    assert refused(bad_project, "evaluate", "--model", "x", "--limit", "all") == ("--limit", "must be int, is all")
 
 
 def test_output_folder_that_is_not_empty(bad_project: Project) -> None:

@@ -60,9 +60,9 @@ def test_bad_input_writes_nothing(shared_project: Project, tmp_path: Path) -> No
     (damaged / "model.safetensors").write_bytes(b"\x08")
     before = shared_project.files()
     for arguments, problem in (
-        ([], "--models: is missing"),
+        ([], " models: is missing"),
         (["model", "model"], "models: two models are called model; name them"),
-        (["none/model"], "model.source: there is no folder 'none/model'"),
+        (["none/model"], "model: there is no folder 'none/model'"),
         (["damaged"], "models: damaged can't be measured (model.source: can't read the weights of damaged"),
         (["model", "--batch-sizes", "1,0"], "--batch-sizes: must be different whole numbers from 1"),
         (["model", "--batch-sizes", "2,2"], "--batch-sizes: must be different"),

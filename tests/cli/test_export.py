@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from peft import PeftModel
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from laco_train.export import cpu_copy, ctranslate2, gguf
 from laco_train.manifest import MANIFEST, faults, read_manifest
 from tests.cli.runs import KEEP_ALL, Project, Run
+from tests.export.test_hub import Endpoint
 from tests.study.studies import SHARED, study_of, write_recipe
 
 IDS = torch.arange(1, 20).unsqueeze(0)
@@ -99,6 +101,17 @@ def test_random_weights_are_told_by_the_run_and_by_its_export(shared_project: Pr
         assert "all weights drawn at random" in (folder / "README.md").read_text(encoding="utf-8")
 
 
+def test_files_are_as_open_as_the_umask_says(shared_project: Project, run: Run) -> None:
+    before = os.umask(0o027)
+    try:
+        folder = export(shared_project, run.checkpoint(), "open")
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()}
+    assert "model.safetensors" in modes
+    assert modes == dict.fromkeys(modes, "0o640")
+
+
 def test_there_must_be_an_adapter_to_keep(shared_project: Project, run: Run) -> None:
     result = shared_project("export", "--checkpoint", str(run.folder), "--output", "none", "--adapter", "keep")
     assert result.code == 2
@@ -121,6 +134,54 @@ def test_a_dry_run_shows_the_card(shared_project: Project, run: Run) -> None:
     assert "Dry run, nothing is sent. me/tiny would get" in result.out
     assert "bytes  model.safetensors" in result.out
     assert "  # A model collapsed from 6 to" in result.out
+
+
+def test_a_dry_run_may_be_uploaded(
+    shared_project: Project, run: Run, hub: tuple[str, type[Endpoint]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["export", "--checkpoint", str(run.checkpoint()), "--output", "tried", "--push-to-hub", "me/tiny"]
+    first = shared_project(*command, "--dry-run")
+    assert first.code == 0, first.err
+    folder = shared_project.root / "tried"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub[0])
+    result = shared_project(*command)
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-2:] == [
+        "export: tried holds this export already, whole",
+        f"Uploaded to {hub[0]}/me/tiny",
+    ]
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert hub[1].files.keys() == before.keys()
+
+
+@pytest.fixture
+def tried(shared_project: Project, run: Run, tmp_path: Path) -> Path:
+    """What `export` of the run would write."""
+    return Path(shutil.copytree(run.folder / "export", tmp_path / "tried"))
+
+
+def test_another_export_is_not_uploaded(shared_project: Project, run: Run, tried: Path) -> None:
+    def refusal(*options: str, source: Path = run.folder) -> str:
+        command = ["export", "--checkpoint", str(source), "--output", str(tried), *options]
+        result = shared_project(*command)
+        assert result.code == 2, result.out
+        return result.err.splitlines()[-1].removeprefix(f"laco_train: error: --output: {tried} ")
+
+    push, other = (
+        ["--push-to-hub", "me/tiny", "--dry-run"],
+        "holds another export than this; name another folder or empty it",
+    )
+    assert refusal().startswith("exists and is not empty")
+    assert refusal(*push, source=run.checkpoint(4)) == other
+    for option in (["--dtype", "bfloat16"], ["--shard-size", "1KB"]):
+        assert refusal(*push, *option) == other
+    (tried / "notes.txt").touch()
+    assert refusal(*push).startswith("can't be uploaded: notes.txt is not of the export in it;")
+    (tried / "config.json").write_text("{}")
+    assert refusal(*push).startswith("can't be uploaded: config.json has 2 bytes, not ")
+    (tried / MANIFEST).unlink()
+    assert refusal(*push).startswith("exists and is not empty")
 
 
 def test_the_home_folder(shared_project: Project, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,22 @@ def test_help_explains_every_key(
             assert default is MISSING or f"default: {shown(default)})" in described[:400], key
 
 
+@pytest.mark.parametrize(
+    ("verb", "option", "default"),
+    [
+        ("evaluate", "stride", "512"),
+        ("evaluate", "output", "evaluation"),
+        ("bench-inference", "batch-sizes", "1,4,16"),
+        ("bench-inference", "turns", "5"),
+    ],
+)
+def test_defaults_of_options_are_told_alike(
+    verb: str, option: str, default: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = help_of(verb, "--help", capsys=capsys, monkeypatch=monkeypatch)
+    assert f"default: {default})" in text[text.rindex(f"--{option} ") :][:200]
+
+
 def test_help_names_the_papers_letters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     text = help_of("collapse", "--help", capsys=capsys, monkeypatch=monkeypatch)
     for letter in ("C: layers that", "L: the search", "H: the search", "I: layers the", "T: a merge"):

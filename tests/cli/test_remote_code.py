@@ -85,3 +85,9 @@ def test_without_the_users_word_they_are_refused_by_the_verbs_own_option(
     needs = "baichuan needs Python code that comes with it; read that code, then add this if you trust it"
     assert result.err.splitlines()[-1] == f"laco_train: error: {TRUST}: {needs}"
     assert not (families.root / "refused").exists()
+
+
+def test_their_speeds_are_compared(families: Project) -> None:
+    refused = "internlm2 was not measured: model.trust_remote_code"
+    assert refused in families("compare", "internlm2", "--output", "untrusted").out
+    assert "was not measured" not in families("compare", "internlm2", "--output", "trusted", TRUST).out

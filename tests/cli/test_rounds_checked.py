@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from laco_train.cli.rounds import check_reach, least_depth
+from laco_train.checks import least_depth
+from laco_train.cli.rounds import check_reach
 from laco_train.collapse import collapse_model
 from laco_train.errors import InputError
 from laco_train.settings import CollapseSettings, RoundSettings
@@ -74,8 +75,8 @@ def rounds(*depths: int) -> str:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([rounds(5, 1)], "rounds[1].target_depth: is 1, but laco leaves 3 layers at least there"),
-        ([rounds(3)], "rounds[0].target_depth: is 3, but laco leaves 4 layers at least there"),
+        ([rounds(5, 1)], "rounds[1].target_depth: is 1, but laco leaves 3 layers at least, by C"),
+        ([rounds(3)], "rounds[0].target_depth: is 3, but laco leaves 4 layers at least, by C"),
         ([rounds(4, 1), "--collapse.strategy=greedy"], "rounds[1].target_depth: is 1, but greedy leaves 2 layers"),
     ],
 )

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from laco_train.cli.record import take_folder
-from tests.cli.runs import Project, Result
+from tests.cli.runs import Project, Result, environment, events, scalars
 from tests.cli.test_resume_auto import broken_off, resume
 
 
@@ -64,6 +67,58 @@ def test_a_folder_that_holds_a_run_is_no_place_for_another(project: Project) -> 
     exported = project("export", "--checkpoint", "out", "--output", "exported")
     assert exported.code == 0, exported.err
     assert "step=6.ckpt" in exported.out
+
+
+class Rival(Callback):
+    """Another process that is started with the same arguments while this one searches."""
+
+    found: ClassVar[list[subprocess.CompletedProcess[str]]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing but the event file is in the folder yet."""
+        command = [sys.executable, "-m", "laco_train", "fit", "--recipe", "tiny.yaml", *SAME]
+        before = {path: path.read_bytes() for path in Path(str(trainer.log_dir)).glob("events.*")}
+        self.found.append(subprocess.run(command, capture_output=True, text=True, env=environment(), check=False))
+        assert before and {path: path.read_bytes() for path in before} == before
+
+
+BOARD = "{class_path: TensorBoardLogger, init_args: {save_dir: boards, name: mine, version: 3}}"
+SAME = [f"--trainer.logger={BOARD}", "--export.enabled", "false"]
+
+
+def test_a_version_is_not_taken_twice(project: Project) -> None:
+    Rival.found.clear()
+    result = project("fit", "--recipe", "tiny.yaml", *SAME, f"--trainer.callbacks+={__name__}.Rival")
+    assert result.code == 0, result.err
+    (rival,) = Rival.found
+    refused(Result(rival.returncode, rival.stdout, rival.stderr), "trainer.logger", "another process is writing boards")
+    folder = project.root / "boards" / "mine" / "version_3"
+    assert (folder / "summary.json").is_file() and scalars(events(folder), "train/loss")
+    again = project("fit", "--recipe", "tiny.yaml", *SAME)
+    refused(again, "trainer.logger", "boards/mine/version_3, which holds another")
+
+
+def test_a_csv_logger_deletes_nothing_of_another_run(project: Project) -> None:
+    csv = "--trainer.logger={class_path: CSVLogger, init_args: {save_dir: csv, version: 3}}"
+    run = project.fit(csv, "--export.enabled", "false")
+    metrics = project.root / "csv" / "lightning_logs" / "version_3" / "metrics.csv"
+    before = metrics.read_text()
+    assert "train/loss" in before and run.folder.name == "version_0"
+    refused(project("fit", "--recipe", "tiny.yaml", csv), "trainer.logger", "version_3, which is there already")
+    assert metrics.read_text() == before
+    assert [path.name for path in project.root.glob("lightning_logs/tiny/*")] == ["version_0"]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "there before"])
+@pytest.mark.parametrize("logger", ["true", "false", f"[{BOARD}]"], ids=["own", "none", "named"])
+def test_what_is_refused_leaves_no_folder(project: Project, logger: str, there: bool) -> None:
+    if there:
+        (project.root / "new" / "deep").mkdir(parents=True)
+    before = project.files()
+    root = ["--trainer.default_root_dir", "new/deep", f"--trainer.logger={logger}"]
+    many = ["--data.batch_size", "1000"]  # found when the folder is made
+    refused(project("fit", "--recipe", "tiny.yaml", *root, *many), "data.batch_size", "make no batch of 1000")
+    assert project.files() == before
 
 
 def test_the_users_folder(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

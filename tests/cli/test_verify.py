@@ -53,6 +53,13 @@ def test_each_wrong_file_has_its_line(folder: Path, capsys: pytest.CaptureFixtur
     ]
 
 
+def test_a_run_has_its_export_inside(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export = folder.rename(folder.parent / "export")
+    code, out, err = verify(export.parent, capsys)
+    assert (code, out) == (2, [])
+    assert err == [f"laco_train: error: verify: {export.parent} has no {MANIFEST}; its export is {export}"]
+
+
 def test_a_file_of_someone_else_is_no_damage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
     code, out, _ = verify(folder, capsys)

@@ -3,14 +3,17 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from laco_train.collapse import collapse_model
+from laco_train.collapse import CollapsePlan, collapse_model
+from laco_train.collapse.plan import Refined, Refinement
 from laco_train.export import CardFacts, model_card
-from laco_train.settings import CollapseSettings
+from laco_train.settings import CollapseSettings, DataSettings, DistillSettings, LoraSettings, ModelSettings
+from laco_train.training.told import told_of_run
 
 
 def metadata(card: str) -> dict:
@@ -86,3 +89,79 @@ def test_random_weights_are_said_to_be_random(
 
 def test_facts_survive_json(facts: CardFacts) -> None:
     assert CardFacts.from_dict(json.loads(json.dumps(facts.to_dict()))) == facts
+
+
+SUMMARY = {
+    "validation": {"documents": 8, "tokens": 352, "blocks": 11, "duplicates": 0, "skipped": 2, "sha256": "bd07"},
+    "train": {"documents": 40, "tokens": 1888, "blocks": 59, "duplicates": 3, "skipped": 0, "sha256": "0113"},
+}
+
+
+def training(facts: CardFacts, plan: CollapsePlan | None = None) -> list[str]:
+    """Lines of the card on texts and training, which are no Python."""
+    section = model_card(facts, plan).partition("## Training and loss\n")[2].partition("| model |")[0]
+    assert "{" not in section and "'" not in section.replace("teacher's", "")
+    return [line.removeprefix("- ") for line in section.splitlines() if line.startswith("- ")]
+
+
+def told(facts: CardFacts, data: DataSettings | None = None, **model: Any) -> CardFacts:
+    """`facts` of a run by these settings, as they come back from JSON."""
+    given = told_of_run(SUMMARY, data or DataSettings(), ModelSettings("org/tiny", **model))
+    return CardFacts.from_dict(json.loads(json.dumps(dataclasses.replace(facts, data=given).to_dict())))
+
+
+def test_texts_are_named(facts: CardFacts) -> None:
+    data = DataSettings(train=["/home/someone/a.txt", "org/texts:en", "more/*.jsonl"], validation="~/held/out.txt")
+    assert training(told(facts, data)) == [
+        "train: `a.txt`, `org/texts:en`, `more/*.jsonl`, 1,888 tokens in 40 documents and 59 blocks, "
+        "3 documents left out as validation holds them too (sha256 0113)",
+        "validation: `out.txt`, 352 tokens in 8 documents and 11 blocks, "
+        "2 conversations left out as no answer begins in a block (sha256 bd07)",
+    ]
+    held_out = training(told(facts))[1]
+    assert held_out.startswith("validation: text held out of train, 352 tokens")
+
+
+def test_texts_of_a_run_that_kept_no_names(facts: CardFacts) -> None:
+    assert training(dataclasses.replace(facts, data=SUMMARY))[0].startswith("train: text, 1,888 tokens in 40 documents")
+
+
+METHODS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"method": "lora", "lora": LoraSettings(rank=4, alpha=8, targets=["q_proj", "v_proj"])},
+        "LoRA of rank 4, alpha 8 and dropout 0 on q_proj, v_proj.",
+    ),
+    (
+        {"method": "last_layers", "last_layers": 2},
+        "Only the last 2 decoder layers, the final norm and the head were trained.",
+    ),
+    (
+        {"distill": DistillSettings(logits=0.25, temperature=2.0, hidden=3.0)},
+        "Distilled from the teacher `org/tiny`: the loss is 0.75 of next-token loss plus 0.25 of divergence from the "
+        "teacher's distribution at temperature 2 plus 3 of relative error of hidden states against the teacher's.",
+    ),
+    (
+        {"distill": DistillSettings(hidden=1.0, teacher="org/large")},
+        "Distilled from the teacher `org/large`: the loss is 1 of next-token loss plus 1 of relative error of hidden "
+        "states against the teacher's.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "line"), METHODS)
+def test_what_training_learned_from_is_told(facts: CardFacts, model: dict[str, Any], line: str) -> None:
+    assert training(told(facts, **model))[2:] == [line]
+    assert len(training(told(facts))) == 2
+
+
+def test_refinement_is_told(facts: CardFacts, collapsed: Callable[..., tuple]) -> None:
+    """That of the plan, or of all rounds, whose plan has none of its own."""
+    plan = collapsed()[1]
+    fitted = dataclasses.replace(plan, refined=Refined("a.safetensors", "", 4096, 1.0, Refinement(1024, 0.5)))
+    line = "Before any training, the collapsed model was fitted to the original on {} tokens."
+    assert training(told(facts), fitted)[2:] == [line.format("1,024")]
+    assert training(dataclasses.replace(facts, data={}, steps=0), fitted) == [line.format("1,024")]
+    rounds = told(facts)
+    rounds.data["train"]["refined_tokens"] = 2048
+    assert training(rounds, plan)[2:] == [line.format("2,048")]
+    assert len(training(told(facts), plan)) == 2

@@ -170,6 +170,24 @@ def test_a_rate_that_explodes_is_told(original: LlamaForCausalLM, tiny_tokenizer
         refine(original, model, plan, some_batches(4), replace(SETTINGS, learning_rate=1e30), PLACE)
 
 
+@pytest.mark.parametrize(("windows", "refused"), [(0.0, True), (0.5, True), (1.0, False)])
+def test_float16_does_not_descend(
+    windows: float, refused: bool, original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """It is told before anything is solved; what is solved alone has no AdamW."""
+    original.half()
+    model, plan = collapsed_by(DROPPED, original, tiny_tokenizer)
+    before = copy.deepcopy(model.state_dict())
+    settings = replace(SETTINGS, windows=windows)
+    if not refused:
+        refine(original, model, plan, some_batches(4), settings, PLACE)
+        assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        return
+    with pytest.raises(InputError, match=r"^trainer\.precision: would train weights in float16"):
+        refine(original, model, plan, some_batches(4), settings, PLACE)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("windows", [0.0, 0.5, 1.0])
 def test_time_ends_it(windows: float, original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     """One batch is read in any case."""

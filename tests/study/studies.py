@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from laco_train.cli import main
-from laco_train.cli.study import checked, parser
+from laco_train.cli.study import checked, parser, with_arms
 from laco_train.study.arms import merged
 from laco_train.study.process import Fit
 from laco_train.study.run import Study, run_study
@@ -61,7 +61,7 @@ def write_recipe(project: Project, changes: dict[str, Any] | None = None, *, bel
 def ready(project: Project, *arguments: str, fit: Fit = fit_here) -> tuple[Outcome, Callable[[], None]]:
     """The study of s.yaml, checked, and what runs it."""
     with contextlib.chdir(project.root), contextlib.redirect_stdout(io.StringIO()):
-        config = parser().parse_args(["--recipe", "s.yaml", *arguments])
+        config = parser().parse_args(with_arms(["--recipe", "s.yaml", *arguments]))
         study, arms = checked(config, "s", parser())
     lines: list[str] = []
     outcome = Outcome(dataclasses.replace(study, fit=fit, logs=project.root / study.logs, say=lines.append), lines)

@@ -32,7 +32,7 @@ def arm(**sections: Any) -> dict[str, Any]:
         ({"study": {"arms": {1: {"collapse": {"strategy": "tail"}}}}}, "study.arms: 1 is no name for a folder"),
         ({"trainer": {"default_root_dir": 3}}, "trainer.default_root_dir: "),
         ({"trainer": {"default_root_dir": "train.jsonl"}}, "trainer.default_root_dir: "),
-        ({"trainer": {"accumulate_grad_batches": "two"}}, "trainer.accumulate_grad_batches: Expected a <class 'int'>"),
+        ({"trainer": {"accumulate_grad_batches": "two"}}, "trainer.accumulate_grad_batches: must be int, is two"),
         ({"collapse": {"target_depth": 6}}, "study.arms.laco: collapse.target_depth: is 6, but the model has only 6"),
         (arm(model={"method": "last_layers", "last_layers": 5}), "study.arms.laco: model.last_layers: is 5, but the"),
     ],

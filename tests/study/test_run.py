@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -309,18 +311,28 @@ def test_speed_is_not_measured_beside_another_arm(project: Project, capsys: pyte
     assert [arm["speed"] for arm in json.loads(report.read_text())["arms"]] == [None]
 
 
-def test_signal_ends_the_arm_and_the_study_at_a_checkpoint(project: Project) -> None:
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [(signal.SIGTERM, os.kill), (signal.SIGINT, os.kill), (signal.SIGINT, os.killpg)],
+    ids=["SIGTERM", "SIGINT", "keyboard"],
+)
+def test_signal_ends_the_arm_and_the_study_at_a_checkpoint(
+    project: Project, number: signal.Signals, send: Callable[[int, int], None]
+) -> None:
     write_recipe(project, {"budget": {"max_tokens": 64 * 50_000}, "trainer": {"val_check_interval": 100}})
     command = [sys.executable, "-m", "laco_train", "study", "--recipe", "s.yaml", "--arms", "laco"]
     command += ["--study.seeds", "[0]", "--export.enabled", "false"]
-    study = subprocess.Popen(command, cwd=project.root, env=environment(), stdout=subprocess.PIPE, text=True)
+    study = subprocess.Popen(
+        command, cwd=project.root, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     folder = project.root / "lightning_logs" / "s" / "laco-seed0"
     while study.poll() is None and not list(folder.glob("version_0/checkpoints/*.ckpt")):
         time.sleep(0.1)
-    study.send_signal(signal.SIGTERM)
-    study.communicate()
-    assert study.returncode == 128 + signal.SIGTERM
-    (line,) = [line for line in (folder / "fit.log").read_text().splitlines() if line.startswith("SIGTERM: ")]
+    send(study.pid, number)
+    out, _ = study.communicate()
+    assert study.returncode == 128 + number
+    assert out.splitlines()[-1] == f"{number.name}: stopped; the same command goes on with it."
+    (line,) = [line for line in (folder / "fit.log").read_text().splitlines() if re.match("SIG(TERM|INT): ", line)]
     steps = [torch.load(path, weights_only=True)["global_step"] for path in folder.glob("version_0/checkpoints/*.ckpt")]
     assert f"stopped after step {max(steps)}, saved as" in line
 

@@ -244,12 +244,30 @@ def test_chat_is_packed_whole_and_counts_what_it_skips(tmp_path: Path, tiny_toke
     data = opened(tiny_tokenizer, train=path, validation=other, format="chat", block_size=2 * length + 5, batch_size=1)
     assert len(data.train_blocks) == 2
     for block in data.train_blocks:
-        assert block["input_ids"][-5:].tolist() == [tiny_tokenizer.pad_token_id] * 5
+        assert block["input_ids"][-5:].tolist() == [tiny_tokenizer.eos_token_id] * 5
         assert block["position_ids"].tolist() == [*range(length), *range(length), *range(5)]
         assert (block["labels"][-5:] == -100).all() and (block["labels"] != -100).any()
     assert data.summary()["train"] | {"sha256": ""} == {
         "documents": 4, "tokens": 4 * length, "blocks": 2, "duplicates": 0, "skipped": 1, "sha256": ""
     }  # fmt: skip
+
+
+def test_documents_are_those_that_begin_in_a_block(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """The packer reads a conversation more than the last block holds, and text beyond it."""
+    chat = write(tmp_path / "c.jsonl", [CHAT] * 9, column="messages")
+    other = write(tmp_path / "v.jsonl", [[CHAT[0], {"role": "assistant", "content": "No."}]] * 9, column="messages")
+    length = len(tiny_tokenizer(tiny_tokenizer.apply_chat_template(CHAT, tokenize=False))["input_ids"])
+    size = 2 * length + 5
+    limits: dict[str, Any] = {"max_tokens": 2 * size, "validation_max_tokens": size}
+    data = opened(tiny_tokenizer, train=chat, validation=other, format="chat", block_size=size, batch_size=1, **limits)
+    assert [data.summary()[role]["documents"] for role in ("train", "validation")] == [4, 2]
+    assert [data.summary()[role]["blocks"] for role in ("train", "validation")] == [2, 1]
+
+    source = texts(3)
+    lengths = [len(tiny_tokenizer(text)["input_ids"]) + 1 for text in source]
+    path, valid = write(tmp_path / "t.jsonl", source), write(tmp_path / "w.jsonl", texts(9, start=50))
+    short = opened(tiny_tokenizer, train=path, validation=valid, block_size=sum(lengths[:2]), batch_size=1)
+    assert short.summary()["train"]["documents"] == 2
 
 
 ASK = {"train": "ask.jsonl", "format": "chat", "block_size": 64}

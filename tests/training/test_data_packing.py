@@ -30,6 +30,8 @@ def test_text_blocks_equal_the_oracle(documents: list[list[int]], block_size: in
     packed = list(pack_text((encoded(d, [IGNORED, *d[1:]]) for d in documents), block_size))
     assert [triples(block) for block in packed] == packed_text(documents, block_size)
     assert all(block.filled == block_size for block in packed)
+    starts = [sum(map(len, documents[:i])) // block_size for i in range(len(documents))]
+    assert [block.documents for block in packed] == [starts.count(i) for i in range(len(packed))]
 
 
 @settings(deadline=None)
@@ -39,6 +41,8 @@ def test_whole_blocks_equal_the_oracle(documents: list[list[int]], block_size: i
     packed = list(pack_whole((encoded(*pair) for pair in pairs), block_size, pad_id=1))
     assert [triples(block) for block in packed] == packed_whole(pairs, block_size, pad_id=1)
     assert sum(block.filled for block in packed) == sum(len(ids) for ids, _ in pairs)
+    firsts = [sum(position == 0 for *_, position in triples(block)[: block.filled]) for block in packed]
+    assert [block.documents for block in packed] == firsts
 
 
 def test_packing_reads_no_further_than_asked() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laco_train.errors import InputError
-from laco_train.training.sources import HubSet, cut_text, resolve
+from laco_train.training.sources import HubSet, cut_finely, cut_text, resolve
 
 TEXTS = ["First.", "Second,\nof two lines.", "Third: é 山"]
 
@@ -51,6 +51,29 @@ def test_cut_text_loses_nothing_but_newlines(text: str, limit: int) -> None:
     documents = list(cut_text(io.StringIO(text), limit))
     assert all(len(document) <= limit for document in documents)
     assert "".join(documents).replace("\n", "") == text.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [([500], 5_000), ([900_000], 5_000), ([4_000_000], 20_000), ([6_000_000, 6_000_000], 60_000)],
+)
+def test_little_plain_text_is_cut_finely(tmp_path: Path, sizes: list[int], most: int) -> None:
+    for i, size in enumerate(sizes):
+        (tmp_path / f"{i}.txt").write_text(("x" * 98 + "\n\n") * (size // 100))
+    whole = resolve("data.train", str(tmp_path / "*.txt"))
+    cut = cut_finely(whole)
+    longest = max(len(row.value) for source in cut for row in source.rows("text"))
+    assert longest <= most and (sum(sizes) < most or longest > 0.9 * most)
+    assert all(one.identity() != other.identity() for one, other in zip(cut, whole, strict=True))
+
+
+def test_other_text_is_not_cut_finely(tmp_path: Path) -> None:
+    (tmp_path / "large.txt").write_text(("x" * 99 + "\n") * 200_000)
+    (tmp_path / "small.txt").write_text("A line.\n")
+    write(tmp_path, ".jsonl")
+    for names in (["large.txt"], ["small.txt", "corpus.jsonl"]):
+        sources = resolve("data.train", [str(tmp_path / name) for name in names])
+        assert cut_finely(sources) == sources
 
 
 def test_globs_lists_and_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
