@@ -98,7 +98,7 @@ def test_lora_is_merged(adapted: Factory, tied: bool) -> None:
     assert type(duplicate) is LlamaForCausalLM
     assert not any("lora" in name for name in duplicate.state_dict())
     assert (model(IDS).logits - base).abs().max() > 0.1
-    torch.testing.assert_close(duplicate(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(duplicate(IDS).logits, model(IDS).logits, rtol=0, atol=1e-4)
 
 
 def test_lora_is_merged_in_float32_and_rounded_once(adapted: Factory) -> None:

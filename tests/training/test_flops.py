@@ -133,7 +133,8 @@ def test_products_are_what_pytorch_counts(module: Callable[..., CausalLM], train
     seen = trained(made)
     # a plain kernel computes both halves of the square; tables are looked up and norms scale, neither is a product
     no_products = (2 if trained_layers < 3 else 4) * TABLE + 32 * (2 * 7 + 4 * (2 * trained_layers + 1))
-    assert counter.get_total_flops() / 64 == pytest.approx(flops_per_token(seen, 2 * 64) - no_products, rel=1e-6)
+    # 8 are rotary angles, which some Transformers make by a product
+    assert counter.get_total_flops() / 64 == pytest.approx(flops_per_token(seen, 2 * 64) - no_products, abs=8.5)
 
 
 @pytest.mark.parametrize(
