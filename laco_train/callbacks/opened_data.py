@@ -27,9 +27,8 @@ class CheckOpenedData(Callback):
         now = trainer.datamodule.summary()  # type: ignore[attr-defined]
         for role, then in (self.began_with or {}).items():
             if then["sha256"] != now[role]["sha256"]:
-                raise InputError(
-                    f"data.{role}", "is another text than when the run began; put it back, or start a new run"
-                )
+                problem = "is another text than when the run began, or cut otherwise; put it back, or start a new run"
+                raise InputError(f"data.{role}", problem)
         every, batches = getattr(trainer, "val_check_interval", None), pl_module.epoch_batches()  # none: it is a time
         if trainer.check_val_every_n_epoch is not None and isinstance(every, int) and every > batches:
             raise InputError(

@@ -55,7 +55,9 @@ class StopOnSignal(Callback):
             self._process = os.getpid() if trainer.is_global_zero else 0
             self._at_interrupt = signal.getsignal(signal.SIGINT)
             for number in SIGNALS:
-                signal.signal(number, self._note)
+                # ignored from the start by what a script leaves in the background; by other ranks, see `main`
+                if number != signal.SIGINT or self._at_interrupt != signal.SIG_IGN or not trainer.is_global_zero:
+                    signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

@@ -12,6 +12,7 @@ from threading import Timer
 
 from laco_train.errors import InputError, TrainingStopped
 
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # torchrun's, Lightning's, srun's
 _USAGE = """\
 usage: python -m laco_train VERB [options]
 
@@ -71,7 +72,7 @@ def _interrupts_come_through() -> Iterator[None]:
 
     It is sent again where Python drops it: in a destructor, of which loading runs many.
     """
-    if (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") != "0":
+    if next(filter(None, map(os.environ.get, _RANKS)), "0") != "0":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     others = sys.unraisablehook
 

@@ -61,7 +61,7 @@ def check_start(
         check_source(model, whole if d.hidden > 0 else None)
     if REMOTE_CLASS in (getattr(config, "auto_map", None) or {}):  # such code need not run without weights
         return
-    empty = skeleton(model.source, dtype=dtype)
+    empty = skeleton(model.source, dtype=dtype, trust_remote_code=model.trust_remote_code)
     left = plan.depth if plan is not None else _most_left(decoder_of(empty), collapse)
     if model.method == "last_layers" and model.last_layers > left:
         problem = f"is {model.last_layers}, but {left} layers at most will be left; lower it"

@@ -139,10 +139,19 @@ def _is_made_so(manifest: Manifest, output: Path, config: Any, dtype: str) -> bo
     if config.format != "hf":
         return True
     kept = any(name.startswith("adapter/") for name in manifest.files)
-    weights = [one.size for name, one in manifest.files.items() if name.endswith(".safetensors")]
     largest = int(config.shard_size[:-2]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[config.shard_size[-2:]]
+    fits = all(_fits(shard, largest) for shard in output.glob("*.safetensors"))
     stored = json.loads((output / "config.json").read_text(encoding="utf-8"))["dtype"]
-    return kept == (config.adapter == "keep") and max(weights) <= largest and stored == dtype
+    return kept == (config.adapter == "keep") and fits and stored == dtype
+
+
+def _fits(shard: Path, largest: int) -> bool:
+    """Whether a file of weights has `largest` bytes of them at most, or the one tensor that is larger."""
+    from safetensors import safe_open
+
+    header = 8 + int.from_bytes(shard.open("rb").read(8), "little")
+    with safe_open(shard, "pt") as tensors:
+        return shard.stat().st_size - header <= largest or len(tensors.keys()) == 1
 
 
 def _export(config: Any, output: Path, form: "Format | None", earlier: Manifest | None) -> None:

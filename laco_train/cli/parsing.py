@@ -95,10 +95,11 @@ def resolve_arguments(args: list[str]) -> tuple[list[str], str | None]:
 
 def _require_recipe(args: list[str]) -> None:
     """InputError unless the model, which no verb does without, is named on the command line, or help is asked for."""
-    if any(argument.startswith(("--model", "-h", "--help", "--print_config")) for argument in args):
+    given = [argument.partition("=")[0] for argument in args]
+    if any(one.startswith(("--model", "-h", "--help", "--print_config")) or one.endswith(".help") for one in given):
         return
     known = ", ".join(sorted(path.stem for path in shipped("recipes").glob("*.yaml")))
-    likely = [argument for argument in args if argument.endswith(RECIPES)]
+    likely = [argument for argument in args if argument.endswith(RECIPES) and not argument.startswith("-")]
     likely += [argument for argument in args[:1] if not argument.startswith("-")]
     told = f"write --recipe {likely[0]}" if likely else f"name one, by its path or one that is shipped ({known})"
     raise InputError("--recipe", f"is missing; {told}")

@@ -48,7 +48,8 @@ def _passing_on(process: "subprocess.Popen[bytes]") -> Iterator[list[int]]:
         process.send_signal(number)
 
     for number in SIGNALS:
-        signal.signal(number, pass_on)
+        if number != signal.SIGINT or before[number] != signal.SIG_IGN:  # ignored by what a script leaves behind
+            signal.signal(number, pass_on)
     try:
         yield received
     finally:

@@ -164,7 +164,7 @@ class PackedText(LightningDataModule):
         train = resolve("data.train", s.train)
         own = None if s.validation is None else resolve("data.validation", s.validation)
         _check_bounds(s, train, train if own is None else own)
-        if own is None or s.sweep_fraction:
+        if own is None:  # else documents that both hold would no longer be alike
             train = cut_finely(train)
         tokenizer = self._tokenizer()
         if tokenizer.eos_token_id is None:

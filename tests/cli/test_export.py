@@ -136,19 +136,26 @@ def test_a_dry_run_shows_the_card(shared_project: Project, run: Run) -> None:
     assert "  # A model collapsed from 6 to" in result.out
 
 
+@pytest.mark.parametrize("shards", [[], ["--shard-size", "1KB"], ["--shard-size", "100KB"]])
 def test_a_dry_run_may_be_uploaded(
-    shared_project: Project, run: Run, hub: tuple[str, type[Endpoint]], monkeypatch: pytest.MonkeyPatch
+    shared_project: Project,
+    run: Run,
+    hub: tuple[str, type[Endpoint]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    shards: list[str],
 ) -> None:
-    command = ["export", "--checkpoint", str(run.checkpoint()), "--output", "tried", "--push-to-hub", "me/tiny"]
+    folder = tmp_path / "tried"
+    command = ["export", "--checkpoint", str(run.checkpoint()), "--output", str(folder), "--push-to-hub", "me/tiny"]
+    command += shards
     first = shared_project(*command, "--dry-run")
     assert first.code == 0, first.err
-    folder = shared_project.root / "tried"
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub[0])
     result = shared_project(*command)
     assert result.code == 0, result.err
     assert result.out.splitlines()[-2:] == [
-        "export: tried holds this export already, whole",
+        f"export: {folder} holds this export already, whole",
         f"Uploaded to {hub[0]}/me/tiny",
     ]
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before

@@ -24,6 +24,13 @@ SECTIONS = {
 }
 
 
+def test_help_of_a_class_needs_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--trainer.logger.help", "CSVLogger"])
+    assert ended.value.code == 0
+    assert "--trainer.logger.save_dir" in capsys.readouterr().out
+
+
 def docstrings() -> dict[str, dict[str, str]]:
     """Class name to field name to the line under the field, read off the source."""
     found: dict[str, dict[str, str]] = {}

@@ -81,6 +81,13 @@ def test_second_interrupt_is_immediate(project: Project, caplog: pytest.LogCaptu
 
 
 @pytest.mark.usefixtures("handler")
+def test_an_interrupt_that_is_ignored_stays_so(project: Project) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's script does for what it leaves in the background
+    result = project("fit", "--recipe", "tiny.yaml", *EARLY_END, *at(3, "SIGINT"))
+    assert result.code == 0, result.err
+
+
+@pytest.mark.usefixtures("handler")
 def test_interrupt_before_training(project: Project) -> None:
     result = project("fit", "--recipe", "tiny.yaml", f"--trainer.callbacks+={__name__}.InterruptEarly")
     assert (result.code, result.err.splitlines()[-1]) == (130, "laco_train: interrupted")
