@@ -20,7 +20,6 @@ from laco_train.collapse.similarity import read_calibration
 from laco_train.collapse.unmerged import nothing_merged
 from laco_train.collapse.windows import refuse_unmergeable, skipped_at_first
 from laco_train.errors import InputError
-from laco_train.models.checks import REMOTE_CLASS
 from laco_train.settings import CollapseSettings, LoraSettings, ModelSettings
 from laco_train.training.adapters import ALL_LINEAR, attach_lora, left_alone
 from laco_train.training.distill import distills
@@ -59,9 +58,9 @@ def check_start(
     if trains and distills(d) and d.teacher is not None:
         whole = depth if first is None or first.source != d.teacher else first.source_depth  # before all rounds
         check_source(model, whole if d.hidden > 0 else None)
-    if REMOTE_CLASS in (getattr(config, "auto_map", None) or {}):  # such code need not run without weights
+    if model.trust_remote_code:  # code that comes with a model, or a kernel, need not run without weights
         return
-    empty = skeleton(model.source, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    empty = skeleton(model.source, dtype=dtype)
     left = plan.depth if plan is not None else _most_left(decoder_of(empty), collapse)
     if model.method == "last_layers" and model.last_layers > left:
         problem = f"is {model.last_layers}, but {left} layers at most will be left; lower it"

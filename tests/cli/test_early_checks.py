@@ -1,8 +1,10 @@
 """What a model can't do is told before its weights are read, and so before validation and search take their minutes."""
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,3 +140,12 @@ def test_adapters_come_without_the_warning_of_peft(tiny_llama: Callable[..., Lla
         warnings.simplefilter("always")
         attach_lora(tiny_llama(), LoraSettings(rank=1))
     assert [str(one.message) for one in told] == []
+
+
+def test_a_trusted_kernel_is_not_asked_for_so_early(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attn_implementation": "someone/kernel"}))
+    model = ModelSettings(str(tmp_path), trust_remote_code=True)
+    loaded = load_config(model.source, trust_remote_code=True)
+    check_start(model, CollapseSettings(), loaded, torch.float32, trains=True)
