@@ -133,8 +133,9 @@ def test_products_are_what_pytorch_counts(module: Callable[..., CausalLM], train
     seen = trained(made)
     # a plain kernel computes both halves of the square; tables are looked up and norms scale, neither is a product
     no_products = (2 if trained_layers < 3 else 4) * TABLE + 32 * (2 * 7 + 4 * (2 * trained_layers + 1))
-    # 8 are rotary angles, which some Transformers make by a product
-    assert counter.get_total_flops() / 64 == pytest.approx(flops_per_token(seen, 2 * 64) - no_products, abs=8.5)
+    angles = counter.get_total_flops() / 64 - (flops_per_token(seen, 2 * 64) - no_products)
+    # rotary angles are 4 products in some versions of Transformers (5.17), and none in others (5.23)
+    assert angles == pytest.approx(0, abs=0.1) or angles == pytest.approx(2 * 4, abs=0.1)
 
 
 @pytest.mark.parametrize(
